@@ -1,0 +1,94 @@
+"""Checks of public arguments: every failure names the argument, what it was and what it must be."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+FLOATS = ("bfloat16", "float16", "float32")
+
+
+def require(ok: bool, name: str, got: object, must: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {got}, must be {must}")
+
+
+def check_rank(name: str, x: Any, dims: str) -> None:
+    """`dims` is written as in the docstrings, for example "B T H D"."""
+    is_array = hasattr(x, "shape") and hasattr(x, "dtype")
+    require(is_array, name, type(x).__name__, f"an array [{dims}]")
+    require(len(x.shape) == len(dims.split()), name, f"shape {tuple(x.shape)}", f"an array [{dims}]")
+
+
+def check_shape(name: str, x: Any, shape: tuple[int, ...], dims: str) -> None:
+    check_rank(name, x, dims)
+    require(tuple(x.shape) == shape, name, f"shape {tuple(x.shape)}", f"[{dims}] = {shape}")
+
+
+def check_float(name: str, x: Any) -> None:
+    require(x.dtype.name in FLOATS, name, f"dtype {x.dtype}", f"one of {', '.join(FLOATS)}")
+
+
+def check_ints(name: str, x: Any, shape: tuple[int, ...], dims: str) -> None:
+    check_shape(name, x, shape, dims)
+    require(jnp.issubdtype(x.dtype, jnp.integer), name, f"dtype {x.dtype}", "an integer dtype")
+
+
+def check_positive_int(name: str, x: Any) -> None:
+    require(_is_int(x) and x > 0, name, repr(x), "a positive int")
+
+
+def static_float(name: str, x: Any) -> float:
+    try:
+        return float(x)
+    except TypeError as error:  # a tracer's ConcretizationTypeError is one, too
+        raise ValueError(f"{name}: got {type(x).__name__}, must be a number known at trace time") from error
+
+
+def static_scale(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else static_float("scale", scale)
+
+
+def static_softcap(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    cap = static_float("softcap", softcap)
+    require(cap > 0, "softcap", softcap, "a positive number or None")
+    return cap
+
+
+def window_bounds(window: Any, causal: bool) -> tuple[int | None, int | None]:
+    """(left, right): how many keys before and after its own position a query may see; None = all."""
+    must = "an int >= 1, a pair (left, right) of ints >= 0 or None, or None"
+    left, right = _window_pair(window, must)
+    require(left is None or left >= 0, "window", window, must)
+    require(right is None or right >= 0, "window", window, must)
+    if causal:
+        right = 0
+    return left, right
+
+
+def _window_pair(window: Any, must: str) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if _is_int(window):
+        return int(window) - 1, None
+    pair = isinstance(window, (tuple, list)) and len(window) == 2
+    require(pair and all(x is None or _is_int(x) for x in window), "window", window, must)
+    left, right = window
+    return None if left is None else int(left), None if right is None else int(right)
+
+
+def _is_int(x: Any) -> bool:
+    return hasattr(x, "__index__") and not isinstance(x, (bool, Array))
+
+
+def check_sinks(sinks: Any, num_heads: int) -> None:
+    if sinks is not None:
+        check_shape("sinks", sinks, (num_heads,), "H")
+        check_float("sinks", sinks)
+
+
+def check_groups(num_heads: int, num_kv_heads: int, name: str) -> None:
+    whole = num_kv_heads > 0 and num_heads % num_kv_heads == 0
+    require(whole, name, f"{num_kv_heads} KV heads for {num_heads} query heads", "a divisor of the query heads")

@@ -1,0 +1,49 @@
+"""Which implementation serves a call: the ordered list of the platform, or the one asked for by name.
+
+An implementation is a module with a function named like the op. It declines a call with
+NotImplementedError that names the feature. The first of the platform's list that does not decline
+serves the call; one asked for by name never falls back.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+NAMES = ("xla", "mosaic_gpu", "mosaic_tpu", "reference")
+
+MODULES = {
+    "flash_attention": {"xla": "paxattn.kernels.xla_flash", "reference": "paxattn.reference"},
+    "paged_attention": {"xla": "paxattn.kernels.xla_paged", "reference": "paxattn.reference"},
+}
+
+ORDER = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
+
+
+def call(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Call `op` of the named implementation, or of the first of this platform's that serves it.
+
+    Raises:
+      ValueError: no implementation is called that.
+      NotImplementedError: the named one, or every one of the platform, declines the call.
+    """
+    if implementation is not None:
+        return load(op, implementation)(*args, **kwargs)
+    declined = []
+    for name in ORDER.get(jax.default_backend(), ("xla",)):
+        try:
+            return load(op, name)(*args, **kwargs)
+        except NotImplementedError as reason:
+            declined.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{op}: every implementation declines. {'; '.join(declined)}")
+
+
+def load(op: str, implementation: str) -> Callable[..., Any]:
+    """The op's function; its module is imported on first use."""
+    if implementation not in NAMES:
+        raise ValueError(f"implementation: got {implementation!r}, must be None or one of {', '.join(NAMES)}")
+    module = MODULES[op].get(implementation)
+    if module is None:
+        raise NotImplementedError(f"{op} has no {implementation!r} implementation in this version")
+    return getattr(importlib.import_module(module), op)

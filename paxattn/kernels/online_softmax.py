@@ -1,0 +1,56 @@
+"""The streaming softmax that the XLA kernels share (Milakov and Gimelshein 2018; Rabe and Staats 2021).
+
+Queries are [B,K,G,T,D], keys [B,K,S,D], values [B,K,S,Dv]; B may be any batch of tiles. A state is (m, l, acc)
+over the keys seen so far: the largest score [B,K,G,T], the sum of exp(score - m) [B,K,G,T], and the sum of
+exp(score - m) * value [B,K,G,T,Dv], all float32; -inf, 0 and 0 where nothing was seen.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+State = tuple[Array, Array, Array]
+
+
+def scores(q: Array, k: Array, scale: float, softcap: float | None) -> Array:
+    s = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    return s if softcap is None else softcap * jnp.tanh(s / softcap)
+
+
+def weigh(p: Array, v: Array) -> Array:
+    return jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+def init(shape: tuple[int, ...], v_dim: int) -> State:
+    return (
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, v_dim), jnp.float32),
+    )
+
+
+def update(state: State, s: Array, v: Array) -> State:
+    """Take in a block of scores, -inf where masked, and its values."""
+    m, l, acc = state
+    m_new = jnp.maximum(m, s.max(axis=-1))
+    base = finite(m_new)
+    p = jnp.exp(s - base[..., None])
+    fade = jnp.exp(m - base)
+    return m_new, l * fade + p.sum(axis=-1), acc * fade[..., None] + weigh(p, v)
+
+
+def finish(state: State, sinks: Array | None) -> tuple[Array, Array]:
+    """Output and log-sum-exp; sinks broadcast against l. Where nothing was seen: 0 and -inf."""
+    m, l, acc = state
+    seen = l > 0
+    if sinks is not None:
+        m_all = jnp.maximum(m, sinks)
+        fade = jnp.exp(m - m_all)
+        m, l, acc = m_all, l * fade + jnp.exp(sinks - m_all), acc * fade[..., None]
+    l = jnp.where(seen, l, 1.0)
+    out = jnp.where(seen[..., None], acc / l[..., None], 0.0)
+    return out, jnp.where(seen, m + jnp.log(l), -jnp.inf)
+
+
+def finite(m: Array) -> Array:
+    """-inf replaced by 0, so that exp(-inf - m) is 0 and not NaN."""
+    return jnp.where(jnp.isneginf(m), 0.0, m)

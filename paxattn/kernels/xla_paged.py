@@ -1,0 +1,134 @@
+"""paged_attention in plain XLA: a gather of pages and a streaming softmax, block by block; runs anywhere.
+
+The packed queries are cut into tiles that never cross a row, so that a tile reads one row of the page table.
+All tiles go through their KV blocks in step. How many tiles there can be is known from the static shapes:
+ceil(T / tile) whole ones and a rest for each row.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from paxattn.kernels import online_softmax, tiles
+
+Q_TILE = 128
+KV_BLOCK = 512
+
+
+class Tiles(NamedTuple):
+    """W tiles of Q tokens: whose they are and where they lie."""
+
+    row: Array  # [W]
+    token: Array  # [W,Q] index in the packed queries
+    position: Array  # [W,Q] place in the row's keys; negative where the tile has no token
+    first: Array  # [R] each row's first tile
+
+
+def paged_attention(
+    q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len
+) -> tuple[Array, Array]:
+    num_tokens, heads, head_dim = q.shape
+    kv_heads = k_pages.shape[2]
+    kv_lens, cu_q_lens = kv_lens.astype(jnp.int32), cu_q_lens.astype(jnp.int32)
+    tile = _tile_size(num_tokens, kv_lens.shape[0], max_q_len)
+    work = _cut(kv_lens, cu_q_lens, num_tokens, tile, max_q_len)
+    k_pages, v_pages, page_table = _split_large_pages(k_pages, v_pages, page_table)
+    table = page_table[work.row]
+    page_size = k_pages.shape[1]
+    pages_per_block = max(1, min(KV_BLOCK // page_size, table.shape[1]))
+    block = pages_per_block * page_size
+
+    q_tiles = q[jnp.minimum(work.token, num_tokens - 1)].reshape(-1, tile, kv_heads, heads // kv_heads, head_dim)
+    q_tiles = q_tiles.transpose(0, 2, 3, 1, 4)
+    reach = work.position.max(axis=1) + 1
+    start = jnp.zeros_like(reach) if left is None else jnp.maximum(_first(work.position) - left, 0) // block
+    stop = tiles.cdiv(reach, block)
+
+    def visit(i, state):
+        first_page = (start + i) * pages_per_block
+        k, v, kv_pos = _gather(k_pages, v_pages, table, first_page, pages_per_block, reach)
+        mask = tiles.in_window(work.position[:, :, None], kv_pos[:, None, :], left, 0)
+        s = online_softmax.scores(q_tiles, k.astype(q.dtype), scale, softcap)
+        s = jnp.where(mask[:, None, None], s, -jnp.inf)
+        return online_softmax.update(state, s, v.astype(q.dtype))
+
+    state = online_softmax.init(q_tiles.shape[:-1], v_pages.shape[-1])
+    state = lax.fori_loop(0, jnp.max(stop - start, initial=0), visit, state)
+    per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1, 1)
+    out, lse = online_softmax.finish(state, per_head)
+    return _unpack(out.astype(q.dtype), lse, work, cu_q_lens, num_tokens)
+
+
+def _tile_size(num_tokens: int, rows: int, max_q_len: int | None) -> int:
+    """About the mean length of a row, so that padding to whole tiles costs a constant factor at most."""
+    mean = tiles.cdiv(num_tokens, rows)
+    size = min(Q_TILE, 1 << (mean - 1).bit_length())
+    return size if max_q_len is None else min(size, max_q_len)
+
+
+def _cut(kv_lens: Array, cu_q_lens: Array, num_tokens: int, tile: int, max_q_len: int | None) -> Tiles:
+    rows = kv_lens.shape[0]
+    most = min(num_tokens, tiles.cdiv(num_tokens, tile) + rows)
+    if max_q_len is not None:
+        most = min(most, rows * tiles.cdiv(max_q_len, tile))
+    q_lens = jnp.diff(cu_q_lens)
+    counts = tiles.cdiv(q_lens, tile)
+    ends = jnp.cumsum(counts)
+    index = jnp.arange(most)
+    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), rows - 1)
+    offset = (index - (ends - counts)[row])[:, None] * tile + jnp.arange(tile)
+    exists = (index < ends[-1])[:, None] & (offset < q_lens[row][:, None])
+    position = jnp.where(exists, (kv_lens - q_lens)[row][:, None] + offset, -1)
+    return Tiles(row, cu_q_lens[row][:, None] + offset, position, ends - counts)
+
+
+def _first(position: Array) -> Array:
+    """The smallest position of each tile's tokens."""
+    return jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position).min(axis=1)
+
+
+def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array) -> tuple[Array, Array, Array]:
+    """A page larger than a block is read as several smaller ones, where its size allows."""
+    num_pages, page_size, *head = k_pages.shape
+    parts = tiles.cdiv(page_size, KV_BLOCK)
+    while page_size % parts:
+        parts += 1
+    if parts == 1:
+        return k_pages, v_pages, page_table
+    table = page_table[:, :, None] * parts + jnp.arange(parts)
+    split = (num_pages * parts, page_size // parts)
+    v_head = v_pages.shape[2:]
+    return k_pages.reshape(*split, *head), v_pages.reshape(*split, *v_head), table.reshape(len(page_table), -1)
+
+
+def _gather(k_pages, v_pages, table, first_page, count, reach):
+    """Keys and values [W,K,S,D] of `count` pages a tile from first_page [W] on, and their positions [W,S].
+
+    What lies at or past `reach` comes back as 0, and its table entry is not looked at: it may hold anything.
+    """
+    page_size = k_pages.shape[1]
+    index = first_page[:, None] + jnp.arange(count)
+    entry = jnp.take_along_axis(table, jnp.minimum(index, table.shape[1] - 1), axis=1)
+    page = jnp.where(index * page_size < reach[:, None], entry, 0)
+    position = (index[:, :, None] * page_size + jnp.arange(page_size)).reshape(len(table), -1)
+    valid = (position < reach[:, None])[:, None, :, None]
+
+    def take(pages):
+        x = pages[page].reshape(*position.shape, *pages.shape[2:]).transpose(0, 2, 1, 3)
+        return jnp.where(valid, x, 0)
+
+    return take(k_pages), take(v_pages), position
+
+
+def _unpack(out: Array, lse: Array, work: Tiles, cu_q_lens: Array, num_tokens: int) -> tuple[Array, Array]:
+    """Tiles [W,K,G,Q,Dv] back to packed tokens [T,H,Dv] and lse [H,T]; 0 and -inf past the last token."""
+    tile = work.token.shape[1]
+    token = jnp.arange(num_tokens)
+    row = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right"), len(work.first) - 1)
+    offset = token - cu_q_lens[row]
+    where = jnp.minimum(work.first[row] + offset // tile, len(work.row) - 1), offset % tile
+    exists = token < cu_q_lens[-1]
+    out = out.transpose(0, 3, 1, 2, 4)[where].reshape(num_tokens, -1, out.shape[-1])
+    lse = lse.transpose(0, 3, 1, 2)[where].reshape(num_tokens, -1)
+    return jnp.where(exists[:, None, None], out, 0), jnp.where(exists[:, None], lse, -jnp.inf).T

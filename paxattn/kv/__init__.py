@@ -1,0 +1,1 @@
+"""What is stored, and who owns which page."""

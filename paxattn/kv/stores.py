@@ -1,0 +1,328 @@
+"""KV stores: the pages of all layers and who owns them, behind one `attend`.
+
+A step of any model is `store, ok = store.extend(q_lens, T)`, which finds room for the step's tokens,
+`out, store = store.attend(layer, q, k, v)` in each layer, and `store = store.end_step()`. The three stores that keep anything differ only in how
+they allot pages to rows:
+
+- ContiguousKV: a row is one stretch of memory of the full length.
+- BlockwiseKV: a row is a fixed run of blocks; attention visits the blocks that are filled.
+- PagedKV: rows take pages from a common pool as they grow, and may share them.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from paxattn import checks
+from paxattn.flash_attention import flash_attention
+from paxattn.kv.page_table import PageTable
+from paxattn.kv.pages import KVPages, copy_pages, init_pages, write_pages
+from paxattn.paged_attention import paged_attention
+
+_STATIC = dict(static=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """The packed tokens of one step. Tokens past cu_q_lens[-1] are padding.
+
+    Fields:
+      rows: i32 [T], whose token it is.
+      positions: i32 [T], its place in the row.
+      slots: i32 [T], page * P + offset; -1 where nothing is to be written.
+      kv_lens: i32 [R], tokens of each row, this step's included.
+      cu_q_lens: i32 [R+1]
+      max_q_len: static; no row has more tokens in this step. None = unknown.
+    """
+
+    rows: Array
+    positions: Array
+    slots: Array
+    kv_lens: Array
+    cu_q_lens: Array
+    max_q_len: int | None = field(metadata=_STATIC)
+
+
+class _Store:
+    """What the stores share; a subclass has the fields layers, batch, implementation and allots pages."""
+
+    layers: tuple[KVPages, ...]
+    batch: Batch | None
+    implementation: str | None
+
+    @property
+    def page_table(self) -> Array:
+        raise NotImplementedError
+
+    @property
+    def lens(self) -> Array:
+        raise NotImplementedError
+
+    @property
+    def max_seqs(self) -> int:
+        return self.lens.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one row can hold at most."""
+        return self.page_table.shape[1] * self.layers[0].page_size
+
+    def _grow(self, lens: Array) -> tuple[Self, Array]:
+        raise NotImplementedError
+
+    def extend(self, q_lens: Array, num_tokens: int, max_q_len: int | None = None) -> tuple[Self, Array]:
+        """Find room for a step of q_lens[r] new tokens in row r, packed in this order.
+
+        Args:
+          q_lens: i32 [R]; 0 where a row takes no part.
+          num_tokens: T, the length of the packed arrays, at least the sum of q_lens; static.
+          max_q_len: static upper bound of q_lens; 1 = pure decode.
+
+        Returns:
+          The store, and ok [R]: False where no room was left. Such a row stays as it was; its tokens
+          are not written.
+        """
+        checks.check_ints("q_lens", q_lens, (self.max_seqs,), "R")
+        before = self.lens
+        store, ok = self._grow(before + q_lens)
+        batch = _lay_out(store.page_table, before, q_lens, ok, self.layers[0].page_size, num_tokens, max_q_len)
+        return replace(store, batch=batch), ok
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        scale: float | None = None,
+        window: Any = None,
+        softcap: float | None = None,
+        sinks: Array | None = None,
+    ) -> tuple[Array, Self]:
+        """Write the step's k, v [T,K,D] and attend from q [T,H,D] to all that the rows hold: out [T,H,D]."""
+        batch = self.batch
+        if batch is None:
+            raise ValueError("attend: no step is under way, call extend first")
+        pages = write_pages(self.layers[layer], k, v, batch.slots)
+        out = paged_attention(
+            q,
+            pages,
+            self.page_table,
+            batch.kv_lens,
+            batch.cu_q_lens,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            max_q_len=batch.max_q_len,
+            implementation=self.implementation,
+        )
+        layers = (*self.layers[:layer], pages, *self.layers[layer + 1 :])
+        return out, replace(self, layers=layers)
+
+    def end_step(self) -> Self:
+        """The store at rest, the same pytree structure after a step of any size."""
+        return replace(self, batch=None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedKV(_Store):
+    """Rows take pages from a common pool as they grow. A pytree.
+
+    Fields:
+      layers: L x KVPages
+      table: PageTable
+      batch: the step under way, None between steps
+      implementation: of paged_attention, static
+    """
+
+    layers: tuple[KVPages, ...]
+    table: PageTable
+    batch: Batch | None
+    implementation: str | None = field(metadata=_STATIC)
+
+    @classmethod
+    def create(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        max_seqs: int,
+        max_len: int,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        dtype: Any = jnp.bfloat16,
+        implementation: str | None = None,
+    ) -> "PagedKV":
+        """An empty store of R = max_seqs rows of up to max_len tokens; by default every row can be full."""
+        _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len, page_size=page_size)
+        pages_per_seq = -(-max_len // page_size)
+        num_pages = max_seqs * pages_per_seq if num_pages is None else num_pages
+        return cls(
+            layers=_layers(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype),
+            table=PageTable.create(num_pages, page_size, max_seqs, pages_per_seq),
+            batch=None,
+            implementation=implementation,
+        )
+
+    @property
+    def page_table(self) -> Array:
+        return self.table.page_table
+
+    @property
+    def lens(self) -> Array:
+        return self.table.lens
+
+    def _grow(self, lens: Array) -> tuple["PagedKV", Array]:
+        table, ok = self.table.reserve(lens)
+        return replace(self, table=table), ok
+
+    def release(self, mask: Array) -> "PagedKV":
+        """Drop the rows where mask [R] is True."""
+        return replace(self, table=self.table.release(mask))
+
+    def fork(self, src: Array, dst: Array) -> tuple["PagedKV", Array]:
+        """Row dst[i] goes on from row src[i], sharing its full pages; ok [F] as in PageTable.fork."""
+        table, copies = self.table.fork(src, dst)
+        layers = tuple(copy_pages(pages, copies.src, copies.dst) for pages in self.layers)
+        return replace(self, table=table, layers=layers), copies.ok
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _RowsKV(_Store):
+    """Row r has the pages r * M to r * M + M - 1 for good. Fields as in PagedKV, row_lens i32 [R]."""
+
+    layers: tuple[KVPages, ...]
+    row_lens: Array
+    batch: Batch | None
+    implementation: str | None = field(metadata=_STATIC)
+
+    @property
+    def page_table(self) -> Array:
+        return jnp.arange(self.layers[0].num_pages, dtype=jnp.int32).reshape(self.max_seqs, -1)
+
+    @property
+    def lens(self) -> Array:
+        return self.row_lens
+
+    def _grow(self, lens: Array) -> tuple[Self, Array]:
+        ok = lens <= self.capacity
+        return replace(self, row_lens=jnp.where(ok, lens, self.row_lens)), ok
+
+    def release(self, mask: Array) -> Self:
+        """Empty the rows where mask [R] is True."""
+        return replace(self, row_lens=jnp.where(mask, 0, self.row_lens))
+
+    @classmethod
+    def _create(cls, num_layers, num_kv_heads, head_dim, max_seqs, page_size, pages_per_seq, dtype, implementation):
+        return cls(
+            layers=_layers(num_layers, max_seqs * pages_per_seq, page_size, num_kv_heads, head_dim, dtype),
+            row_lens=jnp.zeros(max_seqs, jnp.int32),
+            batch=None,
+            implementation=implementation,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ContiguousKV(_RowsKV):
+    """A row is one stretch of max_len tokens, reserved for good. A pytree."""
+
+    @classmethod
+    def create(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        max_seqs: int,
+        max_len: int,
+        dtype: Any = jnp.bfloat16,
+        implementation: str | None = None,
+    ) -> "ContiguousKV":
+        _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len)
+        return cls._create(num_layers, num_kv_heads, head_dim, max_seqs, max_len, 1, dtype, implementation)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockwiseKV(_RowsKV):
+    """A row is a fixed run of blocks of block_size tokens, reserved for good. A pytree."""
+
+    @classmethod
+    def create(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        max_seqs: int,
+        max_len: int,
+        block_size: int = 128,
+        dtype: Any = jnp.bfloat16,
+        implementation: str | None = None,
+    ) -> "BlockwiseKV":
+        _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len, block_size=block_size)
+        blocks = -(-max_len // block_size)
+        return cls._create(
+            num_layers, num_kv_heads, head_dim, max_seqs, block_size, blocks, dtype, implementation
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Uncached:
+    """Keeps nothing: a step's tokens see each other alone, through `flash_attention`. For training and scoring.
+
+    Fields:
+      segments: i32 [T], equal for the tokens of one row, in order.
+      implementation: of flash_attention, static
+    """
+
+    segments: Array
+    implementation: str | None = field(metadata=_STATIC, default=None)
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, "Uncached"]:
+        del layer
+        segments = self.segments[None]
+        out = flash_attention(
+            q[None],
+            k[None],
+            v[None],
+            causal=True,
+            q_segment_ids=segments,
+            kv_segment_ids=segments,
+            implementation=self.implementation,
+            **options,
+        )
+        return out[0], self
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        checks.check_positive_int(name, size)
+
+
+def _layers(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> tuple[KVPages, ...]:
+    return tuple(init_pages(num_pages, page_size, num_kv_heads, head_dim, dtype) for _ in range(num_layers))
+
+
+def _lay_out(page_table, before, q_lens, ok, page_size, num_tokens, max_q_len) -> Batch:
+    """Where the packed tokens of rows that held `before` tokens belong."""
+    cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(q_lens, dtype=jnp.int32)])
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    rows = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right"), len(before) - 1).astype(jnp.int32)
+    written = (token < cu_q_lens[-1]) & ok[rows]
+    positions = jnp.where(written, before[rows] + token - cu_q_lens[rows], 0)
+    page = page_table[rows, positions // page_size]
+    slots = jnp.where(written, page * page_size + positions % page_size, -1)
+    kv_lens = before + jnp.where(ok, q_lens, 0)
+    return Batch(rows, positions, slots, kv_lens, cu_q_lens, max_q_len)
