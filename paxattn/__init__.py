@@ -1,6 +1,6 @@
 """FlashAttention, PagedAttention and a functional paged KV store for JAX."""
 
-from paxattn.engine.generate import Generation, generate, stream
+from paxattn.engine.generate import Generation, generate, stream, warmup
 from paxattn.engine.sampling import Sampling
 from paxattn.flash_attention import flash_attention
 from paxattn.kv.page_table import PageCopies, PageTable
@@ -26,5 +26,6 @@ __all__ = [
     "init_pages",
     "paged_attention",
     "stream",
+    "warmup",
     "write_pages",
 ]

@@ -18,7 +18,7 @@ from jax import Array, lax
 from paxattn import checks
 from paxattn.engine.sampling import Sampling, sample
 
-RUNNING, STOP, LENGTH, NO_ROOM = range(4)
+RUNNING, STOP, LENGTH, NO_ROOM = np.arange(4, dtype=np.int32)
 REASONS = ("running", "stop", "length", "no_room")
 
 
@@ -54,7 +54,7 @@ class State:
 
     Fields:
       kv: the store; it holds all tokens but the newest.
-      tokens: i32 [R], each row's newest token.
+      tokens: i32 [R], what the last step drew; -1 for rows that it drew nothing for.
       reason: i32 [R], RUNNING or why the row ended.
       count: i32 [], tokens drawn by rows that are still running.
     """
@@ -100,7 +100,7 @@ def generate(
     Raises:
       ValueError: an argument does not fit; the message names it.
     """
-    rule, tokens, q_lens, sampling = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
+    tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
     state = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
     out, state = _loop(model, params, sampling, rule, state, _bucket(max_new_tokens))
     out, reason = np.asarray(out), np.asarray(state.reason)
@@ -121,17 +121,38 @@ def stream(
 
     The device works on the next step while the caller has this one's tokens.
     """
-    rule, tokens, q_lens, sampling = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
+    tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
+    return _stream(model, params, sampling, rule, kv, tokens, q_lens, len(prompts))
+
+
+def _stream(model, params, sampling, rule, kv, tokens, q_lens, rows) -> Iterator[list[int | None]]:
     state = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
-    emitted, running = _emitted(state, jnp.zeros_like(state.reason)), jnp.any(state.reason == RUNNING)
+    drawn, running = state.tokens.copy(), state.reason == RUNNING
     while True:
-        state, next_emitted, next_running = _step(model, params, sampling, rule, state)
-        ids = np.asarray(emitted)[: len(prompts)]
-        if (ids >= 0).any():
-            yield [int(i) if i >= 0 else None for i in ids]
-        if not running:
+        state, next_drawn, next_running = _step(model, params, sampling, rule, state)
+        ids = np.asarray(drawn)[:rows].tolist()
+        if max(ids) >= 0:
+            yield [i if i >= 0 else None for i in ids]
+        if not np.asarray(running).any():
             return
-        emitted, running = next_emitted, next_running
+        drawn, running = next_drawn, next_running
+
+
+def warmup(
+    model: Model,
+    params: Any,
+    kv: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+) -> None:
+    """Compile what `stream` needs for arguments of these sizes; nothing runs and kv stays usable."""
+    tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
+    lowered = _prefill.lower(model, params, sampling, rule, kv, tokens, q_lens)
+    lowered.compile()
+    _step.lower(model, params, sampling, rule, lowered.out_info).compile()
 
 
 def step(model: Model, params: Any, sampling: Sampling, rule: Stopping, state: State) -> State:
@@ -160,11 +181,6 @@ def _advance(model, params, sampling, rule, state: State, tokens: Array, ok: Arr
     )
 
 
-def _emitted(state: State, before: Array) -> Array:
-    """The tokens that the last step drew, -1 for rows that drew none; `before` is the reason before it."""
-    return jnp.where(before == RUNNING, state.tokens, -1)
-
-
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("kv",))
 def _prefill(model, params, sampling, rule, kv, tokens, q_lens) -> State:
     kv, ok = kv.extend(q_lens, num_tokens=tokens.shape[0])
@@ -175,20 +191,20 @@ def _prefill(model, params, sampling, rule, kv, tokens, q_lens) -> State:
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def _step(model, params, sampling, rule, state):
-    after = step(model, params, sampling, rule, state)
-    return after, _emitted(after, state.reason), jnp.any(after.reason == RUNNING)
+    """`step`, and what it drew and who is running outside the state, which the next call takes away."""
+    state = step(model, params, sampling, rule, state)
+    return state, jnp.copy(state.tokens), jnp.copy(state.reason == RUNNING)
 
 
 @partial(jax.jit, static_argnames=("model", "most"), donate_argnames=("state",))
 def _loop(model, params, sampling, rule, state, most):
     """Step until every row has ended: out i32 [R, most], -1 past a row's end."""
-    rows = jnp.arange(state.tokens.shape[0])
-    out = jnp.full((len(rows), most), -1, jnp.int32).at[:, 0].set(state.tokens)
+    out = jnp.full((len(state.tokens), most), -1, jnp.int32).at[:, 0].set(state.tokens)
 
     def body(carry):
         out, state = carry
         after = step(model, params, sampling, rule, state)
-        return out.at[rows, state.count].set(_emitted(after, state.reason)), after
+        return out.at[:, state.count].set(after.tokens), after
 
     return lax.while_loop(lambda carry: jnp.any(carry[1].reason == RUNNING), body, (out, state))
 
@@ -213,10 +229,10 @@ def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids):
     tokens[: sum(lens)] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
     q_lens = np.zeros(kv.max_seqs, np.int32)
     q_lens[: len(lens)] = lens
-    stops = np.full(_bucket(len(stop_ids)), -2, np.int32)
+    stops = np.full(_bucket(len(stop_ids)), -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
     rule = Stopping(jnp.asarray(stops), jnp.int32(max_new_tokens))
-    return rule, jnp.asarray(tokens), jnp.asarray(q_lens), (sampling or Sampling()).checked()
+    return jnp.asarray(tokens), jnp.asarray(q_lens), (sampling or Sampling()).checked(), rule
 
 
 def _bucket(n: int) -> int:

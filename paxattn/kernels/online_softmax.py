@@ -12,7 +12,12 @@ State = tuple[Array, Array, Array]
 
 
 def scores(q: Array, k: Array, scale: float, softcap: float | None) -> Array:
-    s = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if q.shape[2] * q.shape[3] < k.shape[2]:
+        # A CPU copies the second operand into another layout first, so the larger one is the first.
+        s = jnp.einsum("bksd,bkgtd->bksgt", k, q, preferred_element_type=jnp.float32).transpose(0, 1, 3, 4, 2)
+    else:
+        s = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
+    s *= scale
     return s if softcap is None else softcap * jnp.tanh(s / softcap)
 
 

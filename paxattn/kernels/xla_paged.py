@@ -7,13 +7,35 @@ ceil(T / tile) whole ones and a rest for each row.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.kernels import online_softmax, tiles
 
 Q_TILE = 128
-KV_BLOCK = 512
+LONGEST_BLOCK = 512
+
+
+class Sizes(NamedTuple):
+    """Tokens in a tile of queries, in a block of keys, and in a group of tiles that go in step.
+
+    A CPU gains from small blocks, which stay in its cache and leave out most of what lies after the query;
+    other devices from few large steps.
+    """
+
+    tile: int
+    block: int
+    group: int
+
+    @classmethod
+    def of(cls, num_tokens: int, rows: int, max_q_len: int | None) -> "Sizes":
+        """A tile is about a row's mean length, so that padding to whole tiles costs a constant factor at most."""
+        mean = tiles.cdiv(num_tokens, rows)
+        tile = min(Q_TILE, 1 << (mean - 1).bit_length(), max_q_len or Q_TILE)
+        if jax.default_backend() == "cpu":
+            return cls(tile, max(LONGEST_BLOCK // tile, 128), 128)
+        return cls(tile, LONGEST_BLOCK, 4096)
 
 
 class Tiles(NamedTuple):
@@ -31,40 +53,59 @@ def paged_attention(
     num_tokens, heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     kv_lens, cu_q_lens = kv_lens.astype(jnp.int32), cu_q_lens.astype(jnp.int32)
-    tile = _tile_size(num_tokens, kv_lens.shape[0], max_q_len)
-    work = _cut(kv_lens, cu_q_lens, num_tokens, tile, max_q_len)
-    k_pages, v_pages, page_table = _split_large_pages(k_pages, v_pages, page_table)
+    sizes = Sizes.of(num_tokens, kv_lens.shape[0], max_q_len)
+    work = _cut(kv_lens, cu_q_lens, num_tokens, sizes.tile, max_q_len)
+    k_pages, v_pages, page_table = _split_large_pages(k_pages, v_pages, page_table, sizes.block)
     table = page_table[work.row]
-    page_size = k_pages.shape[1]
-    pages_per_block = max(1, min(KV_BLOCK // page_size, table.shape[1]))
-    block = pages_per_block * page_size
+    q_tiles = q[jnp.minimum(work.token, num_tokens - 1)].reshape(*work.token.shape, kv_heads, heads // kv_heads, head_dim)
+    per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1, 1)
 
-    q_tiles = q[jnp.minimum(work.token, num_tokens - 1)].reshape(-1, tile, kv_heads, heads // kv_heads, head_dim)
-    q_tiles = q_tiles.transpose(0, 2, 3, 1, 4)
-    reach = work.position.max(axis=1) + 1
-    start = jnp.zeros_like(reach) if left is None else jnp.maximum(_first(work.position) - left, 0) // block
+    def attend(group):
+        q_tiles, table, position = group
+        state = _stream(q_tiles, k_pages, v_pages, table, position, sizes.block, left, scale, softcap)
+        out, lse = online_softmax.finish(state, per_head)
+        return out.astype(q.dtype), lse
+
+    group = (q_tiles.transpose(0, 2, 3, 1, 4), table, work.position)
+    out, lse = _in_groups(attend, group, max(1, sizes.group // sizes.tile))
+    return _unpack(out, lse, work, cu_q_lens, num_tokens)
+
+
+def _in_groups(attend, tiles_of, size):
+    """attend over `size` tiles at a time; the work arrays are padded with tiles of no tokens."""
+    count = len(tiles_of[0])
+    if count <= size:
+        return attend(tiles_of)
+    groups = tiles.cdiv(count, size)
+
+    def split(x, fill):
+        x = jnp.pad(x, [(0, groups * size - count)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        return x.reshape(groups, size, *x.shape[1:])
+
+    q_tiles, table, position = tiles_of
+    done = lax.map(attend, (split(q_tiles, 0), split(table, 0), split(position, -1)))
+    return tuple(x.reshape(groups * size, *x.shape[2:])[:count] for x in done)
+
+
+def _stream(q_tiles, k_pages, v_pages, table, position, block, left, scale, softcap):
+    """Take the tiles through their KV blocks in step, from the first that any query sees to the last."""
+    page_size = k_pages.shape[1]
+    pages_per_block = max(1, min(block // page_size, table.shape[1]))
+    block = pages_per_block * page_size
+    reach = position.max(axis=1) + 1
+    start = jnp.zeros_like(reach) if left is None else jnp.maximum(_first(position) - left, 0) // block
     stop = tiles.cdiv(reach, block)
 
     def visit(i, state):
         first_page = (start + i) * pages_per_block
         k, v, kv_pos = _gather(k_pages, v_pages, table, first_page, pages_per_block, reach)
-        mask = tiles.in_window(work.position[:, :, None], kv_pos[:, None, :], left, 0)
-        s = online_softmax.scores(q_tiles, k.astype(q.dtype), scale, softcap)
+        mask = tiles.in_window(position[:, :, None], kv_pos[:, None, :], left, 0)
+        s = online_softmax.scores(q_tiles, k.astype(q_tiles.dtype), scale, softcap)
         s = jnp.where(mask[:, None, None], s, -jnp.inf)
-        return online_softmax.update(state, s, v.astype(q.dtype))
+        return online_softmax.update(state, s, v.astype(q_tiles.dtype))
 
     state = online_softmax.init(q_tiles.shape[:-1], v_pages.shape[-1])
-    state = lax.fori_loop(0, jnp.max(stop - start, initial=0), visit, state)
-    per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1, 1)
-    out, lse = online_softmax.finish(state, per_head)
-    return _unpack(out.astype(q.dtype), lse, work, cu_q_lens, num_tokens)
-
-
-def _tile_size(num_tokens: int, rows: int, max_q_len: int | None) -> int:
-    """About the mean length of a row, so that padding to whole tiles costs a constant factor at most."""
-    mean = tiles.cdiv(num_tokens, rows)
-    size = min(Q_TILE, 1 << (mean - 1).bit_length())
-    return size if max_q_len is None else min(size, max_q_len)
+    return lax.fori_loop(0, jnp.max(stop - start, initial=0), visit, state)
 
 
 def _cut(kv_lens: Array, cu_q_lens: Array, num_tokens: int, tile: int, max_q_len: int | None) -> Tiles:
@@ -88,10 +129,10 @@ def _first(position: Array) -> Array:
     return jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position).min(axis=1)
 
 
-def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array) -> tuple[Array, Array, Array]:
+def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array, block: int) -> tuple[Array, Array, Array]:
     """A page larger than a block is read as several smaller ones, where its size allows."""
     num_pages, page_size, *head = k_pages.shape
-    parts = tiles.cdiv(page_size, KV_BLOCK)
+    parts = tiles.cdiv(page_size, block)
     while page_size % parts:
         parts += 1
     if parts == 1:
