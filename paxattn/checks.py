@@ -41,8 +41,8 @@ def check_positive_int(name: str, x: Any) -> None:
 def static_float(name: str, x: Any) -> float:
     try:
         return float(x)
-    except TypeError as error:  # a tracer's ConcretizationTypeError is one, too
-        raise ValueError(f"{name}: got {type(x).__name__}, must be a number known at trace time") from error
+    except (TypeError, ValueError) as error:  # a tracer's ConcretizationTypeError is one, too
+        raise ValueError(f"{name}: got {x!r}, must be a number known at trace time") from error
 
 
 def static_scale(scale: float | None, head_dim: int) -> float:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -57,9 +58,9 @@ def paged_attention(
         q,
         pages.k,
         pages.v,
-        page_table,
-        kv_lens,
-        cu_q_lens,
+        jnp.asarray(page_table, jnp.int32),
+        jnp.asarray(kv_lens, jnp.int32),
+        jnp.asarray(cu_q_lens, jnp.int32),
         sinks,
         left=left,
         scale=checks.static_scale(scale, q.shape[-1]),

@@ -5,8 +5,11 @@ over the keys seen so far: the largest score [B,K,G,T], the sum of exp(score - m
 exp(score - m) * value [B,K,G,T,Dv], all float32; -inf, 0 and 0 where nothing was seen.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 State = tuple[Array, Array, Array]
 
@@ -25,12 +28,20 @@ def weigh(p: Array, v: Array) -> Array:
     return jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
-def init(shape: tuple[int, ...], v_dim: int) -> State:
-    return (
+def init(q: Array, v: Array) -> State:
+    shape = q.shape[:-1]
+    state = (
         jnp.full(shape, -jnp.inf, jnp.float32),
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, v_dim), jnp.float32),
+        jnp.zeros((*shape, v.shape[-1]), jnp.float32),
     )
+    return vary_like(state, q, v)
+
+
+def vary_like(carry: Any, *arrays: Array) -> Any:
+    """A loop's first carry, varying over the axes of shard_map that the arrays vary over, as its later ones will."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    return lax.pcast(carry, tuple(axes), to="varying") if axes else carry
 
 
 def update(state: State, s: Array, v: Array) -> State:

@@ -44,7 +44,7 @@ def flash_attention(
         _blocks(q.transpose(0, 2, 3, 1, 4), config.q_block, axis=3),
         _blocks(k.transpose(0, 2, 1, 3), config.kv_block, axis=2),
         _blocks(v.transpose(0, 2, 1, 3), config.kv_block, axis=2),
-        None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1, 1),
+        None if sinks is None else sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1),
         None if q_segment_ids is None else _blocks(q_segment_ids, config.q_block, axis=1),
         None if kv_segment_ids is None else _blocks(kv_segment_ids, config.kv_block, axis=1),
     )
@@ -74,7 +74,7 @@ def _attend(config, q, k, v, sinks, q_seg, kv_seg):
             mask = _mask(config, i, j, q_seg, kv_seg)
             return online_softmax.update(state, jnp.where(mask, _scores(config, q, k), -jnp.inf), v)
 
-        state = online_softmax.init(q.shape[:-1], v.shape[-1])
+        state = online_softmax.init(q, v)
         state = _scan_live(config, kv_block, state, i, (k, v, kv_seg))
         return online_softmax.finish(state, sinks)
 
@@ -102,7 +102,7 @@ def _attend_jvp(config, primals, tangents):
             pds = p * ds
             return dlse + pds.sum(axis=-1), dout + online_softmax.weigh(pds, v) + online_softmax.weigh(p, dv)
 
-        sums = jnp.zeros_like(lse), jnp.zeros_like(out)
+        sums = online_softmax.vary_like((jnp.zeros_like(lse), jnp.zeros_like(out)), q, k, v, dq, dk, dv)
         dlse, dout = _scan_live(config, kv_block, sums, i, (k, dk, v, dv, kv_seg))
         if sinks is not None:
             dlse += jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(sinks - base[..., 0])) * dsinks
@@ -132,11 +132,11 @@ def _scores(config: Config, q: Array, k: Array) -> Array:
 
 
 def _mask(config: Config, i: Array, j: Array, q_seg: Array | None, kv_seg: Array | None) -> Array:
-    """[T,S], or [B,1,1,T,S] with segments."""
+    """[1,1,1,T,S], or [B,1,1,T,S] with segments."""
     q_pos = i * config.q_block + jnp.arange(config.q_block) + config.kv_len - config.q_len
     kv_pos = j * config.kv_block + jnp.arange(config.kv_block)
     mask = tiles.in_window(q_pos[:, None], kv_pos[None, :], config.left, config.right)
-    mask &= (kv_pos < config.kv_len)[None, :]
+    mask = (mask & (kv_pos < config.kv_len)[None, :])[None, None, None]
     if q_seg is None or kv_seg is None:
         return mask
     return mask & (q_seg[:, None, None, :, None] == kv_seg[:, None, None, None, :])

@@ -52,13 +52,12 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     num_tokens, heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
-    kv_lens, cu_q_lens = kv_lens.astype(jnp.int32), cu_q_lens.astype(jnp.int32)
     sizes = Sizes.of(num_tokens, kv_lens.shape[0], max_q_len)
     work = _cut(kv_lens, cu_q_lens, num_tokens, sizes.tile, max_q_len)
     k_pages, v_pages, page_table = _split_large_pages(k_pages, v_pages, page_table, sizes.block)
     table = page_table[work.row]
     q_tiles = q[jnp.minimum(work.token, num_tokens - 1)].reshape(*work.token.shape, kv_heads, heads // kv_heads, head_dim)
-    per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1, 1)
+    per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
 
     def attend(group):
         q_tiles, table, position = group
@@ -104,7 +103,7 @@ def _stream(q_tiles, k_pages, v_pages, table, position, block, left, scale, soft
         s = jnp.where(mask[:, None, None], s, -jnp.inf)
         return online_softmax.update(state, s, v.astype(q_tiles.dtype))
 
-    state = online_softmax.init(q_tiles.shape[:-1], v_pages.shape[-1])
+    state = online_softmax.init(q_tiles, v_pages)
     return lax.fori_loop(0, jnp.max(stop - start, initial=0), visit, state)
 
 
@@ -118,7 +117,7 @@ def _cut(kv_lens: Array, cu_q_lens: Array, num_tokens: int, tile: int, max_q_len
     ends = jnp.cumsum(counts)
     index = jnp.arange(most)
     row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), rows - 1)
-    offset = (index - (ends - counts)[row])[:, None] * tile + jnp.arange(tile)
+    offset = (index - (ends - counts)[row])[:, None] * tile + jnp.arange(tile)[None, :]
     exists = (index < ends[-1])[:, None] & (offset < q_lens[row][:, None])
     position = jnp.where(exists, (kv_lens - q_lens)[row][:, None] + offset, -1)
     return Tiles(row, cu_q_lens[row][:, None] + offset, position, ends - counts)
@@ -137,7 +136,7 @@ def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array, block:
         parts += 1
     if parts == 1:
         return k_pages, v_pages, page_table
-    table = page_table[:, :, None] * parts + jnp.arange(parts)
+    table = page_table[:, :, None] * parts + jnp.arange(parts)[None, None, :]
     split = (num_pages * parts, page_size // parts)
     v_head = v_pages.shape[2:]
     return k_pages.reshape(*split, *head), v_pages.reshape(*split, *v_head), table.reshape(len(page_table), -1)
@@ -149,10 +148,10 @@ def _gather(k_pages, v_pages, table, first_page, count, reach):
     What lies at or past `reach` comes back as 0, and its table entry is not looked at: it may hold anything.
     """
     page_size = k_pages.shape[1]
-    index = first_page[:, None] + jnp.arange(count)
+    index = first_page[:, None] + jnp.arange(count)[None, :]
     entry = jnp.take_along_axis(table, jnp.minimum(index, table.shape[1] - 1), axis=1)
     page = jnp.where(index * page_size < reach[:, None], entry, 0)
-    position = (index[:, :, None] * page_size + jnp.arange(page_size)).reshape(len(table), -1)
+    position = (index[:, :, None] * page_size + jnp.arange(page_size)[None, None, :]).reshape(len(table), -1)
     valid = (position < reach[:, None])[:, None, :, None]
 
     def take(pages):

@@ -1,0 +1,160 @@
+"""The cases that every implementation of an op is tried on, and plain attention to measure its error by."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paxattn
+
+
+@dataclass(frozen=True)
+class FlashCase:
+    name: str
+    shape: tuple[int, ...]  # B T S H K D Dv, each different where it can be
+    options: dict[str, Any] = field(default_factory=dict)
+    sinks: bool = False
+    segments: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FLASH = [
+    FlashCase("full", (2, 301, 577, 6, 3, 16, 16)),
+    FlashCase("causal", (2, 301, 301, 4, 2, 16, 16), dict(causal=True)),
+    FlashCase("causal_longer_keys", (2, 301, 577, 6, 2, 16, 24), dict(causal=True)),
+    FlashCase("causal_longer_queries", (1, 577, 301, 6, 3, 16, 8), dict(causal=True)),
+    FlashCase("one_query", (3, 1, 519, 8, 2, 32, 32), dict(causal=True)),
+    FlashCase("one_by_one", (1, 1, 1, 1, 1, 8, 8), dict(causal=True)),
+    FlashCase("multi_query_7", (1, 65, 130, 7, 1, 24, 40)),
+    FlashCase("no_groups", (1, 257, 255, 5, 5, 80, 80), dict(causal=True)),
+    FlashCase("dims_192_128", (1, 33, 70, 2, 1, 192, 128), dict(causal=True)),
+    FlashCase("window_int", (2, 300, 600, 4, 2, 16, 16), dict(causal=True, window=70)),
+    FlashCase("window_one", (2, 300, 310, 4, 2, 16, 16), dict(causal=True, window=1)),
+    FlashCase("window_int_not_causal", (1, 290, 280, 4, 2, 16, 16), dict(window=33)),
+    FlashCase("window_pair", (1, 300, 520, 4, 2, 16, 16), dict(window=(90, 40))),
+    FlashCase("window_right", (1, 270, 520, 4, 2, 16, 16), dict(window=(None, 0))),
+    FlashCase("window_past_the_keys", (1, 600, 40, 4, 2, 16, 16), dict(window=(3, 5))),
+    FlashCase("softcap", (2, 130, 270, 4, 2, 16, 16), dict(causal=True, softcap=2.5)),
+    FlashCase("scale", (2, 130, 270, 4, 2, 16, 16), dict(scale=0.7)),
+    FlashCase("sinks", (2, 300, 290, 6, 2, 16, 16), dict(causal=True), sinks=True),
+    FlashCase("segments", (2, 280, 333, 4, 2, 16, 16), segments=4),
+    FlashCase(
+        "everything",
+        (2, 280, 333, 6, 2, 16, 24),
+        dict(causal=True, window=(60, None), softcap=5.0, scale=0.3),
+        sinks=True,
+        segments=3,
+    ),
+]
+
+
+def flash_inputs(case: FlashCase, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+    b, t, s, h, k, d, dv = case.shape
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    inputs = dict(q=normal(b, t, h, d), k=normal(b, s, k, d), v=normal(b, s, k, dv))
+    inputs["sinks"] = jnp.asarray(rng.normal(size=h), jnp.float32) if case.sinks else None
+    if case.segments:
+        inputs["q_segment_ids"] = jnp.asarray(np.sort(rng.integers(0, case.segments, (b, t))), jnp.int32)
+        inputs["kv_segment_ids"] = jnp.asarray(np.sort(rng.integers(1, case.segments, (b, s))), jnp.int32)
+    return inputs
+
+
+@dataclass(frozen=True)
+class PagedCase:
+    name: str
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    heads: tuple[int, int, int] = (6, 2, 16)  # H K D
+    page_size: int = 8
+    padding: int = 0  # tokens past cu_q_lens[-1]
+    options: dict[str, Any] = field(default_factory=dict)
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MIXED = ((5, 1, 0, 40, 1, 17), (5, 33, 9, 77, 1, 300))
+
+PAGED = [
+    PagedCase("decode", (1, 1, 1), (5, 130, 64), options=dict(max_q_len=1)),
+    PagedCase("decode_without_the_hint", (1, 1, 1), (5, 130, 64)),
+    PagedCase("decode_many_pages", (1, 1), (1100, 611), page_size=16, options=dict(max_q_len=1)),
+    PagedCase("decode_idle_rows", (0, 1, 0, 1), (0, 7, 9, 12), padding=2, options=dict(max_q_len=1)),
+    PagedCase("row_without_keys", (1, 1), (0, 3), options=dict(max_q_len=1)),
+    PagedCase("prefill", (70, 3, 150), (70, 3, 150)),
+    PagedCase("prefill_long", (400,), (700,), page_size=16),
+    PagedCase("chunk_on_top", (33, 64), (90, 65)),
+    PagedCase("mixed", *MIXED),
+    PagedCase("mixed_padded", *MIXED, padding=13),
+    PagedCase("nothing_but_padding", (0, 0), (4, 0), padding=5),
+    PagedCase("page_of_one", (3, 9), (11, 9), page_size=1),
+    PagedCase("page_of_256", (20, 1), (300, 700), page_size=256),
+    PagedCase("page_larger_than_a_block", (20, 1), (300, 700), page_size=1536),
+    PagedCase("page_that_does_not_split", (20, 1), (300, 700), page_size=1021),
+    PagedCase("multi_query_7", (9, 1), (20, 31), heads=(7, 1, 80)),
+    PagedCase("no_groups", (9, 1), (20, 31), heads=(3, 3, 24)),
+    PagedCase("window", *MIXED, options=dict(window=19)),
+    PagedCase("window_pair", *MIXED, options=dict(window=(40, 3))),
+    PagedCase("window_decode", (1, 1), (700, 3), options=dict(window=20, max_q_len=1)),
+    PagedCase("softcap", *MIXED, options=dict(softcap=2.0)),
+    PagedCase("scale", *MIXED, options=dict(scale=0.6)),
+    PagedCase("sinks", *MIXED, sinks=True, padding=3),
+    PagedCase("everything", *MIXED, padding=4, options=dict(window=60, softcap=4.0, max_q_len=40), sinks=True),
+]
+
+
+def paged_inputs(case: PagedCase, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+    """Inputs whose every unowned page slot and padded query is NaN and every unreached table entry is garbage."""
+    h, k, d = case.heads
+    rows, p = len(case.q_lens), case.page_size
+    pages = [-(-n // p) for n in case.kv_lens]
+    num_pages, width = sum(pages) + 3, max(pages) + 2
+    owned = np.split(rng.permutation(num_pages)[: sum(pages)], np.cumsum(pages)[:-1])
+    table = rng.choice(np.array([-1, -7, num_pages, 2**31 - 1]), (rows, width)).astype(np.int32)
+    k_pages, v_pages = (np.full((num_pages, p, k, d), np.nan, np.float32) for _ in range(2))
+    for row, ids in enumerate(owned):
+        table[row, : len(ids)] = ids
+        for at in range(case.kv_lens[row]):
+            k_pages[ids[at // p], at % p] = rng.normal(size=(k, d))
+            v_pages[ids[at // p], at % p] = rng.normal(size=(k, d))
+    tokens = sum(case.q_lens)
+    q = np.full((tokens + case.padding, h, d), np.nan, np.float32)
+    q[:tokens] = rng.normal(size=(tokens, h, d))
+    return dict(
+        q=jnp.asarray(q, dtype),
+        pages=paxattn.KVPages(jnp.asarray(k_pages, dtype), jnp.asarray(v_pages, dtype)),
+        page_table=jnp.asarray(table),
+        kv_lens=jnp.asarray(case.kv_lens, jnp.int32),
+        cu_q_lens=jnp.asarray(np.cumsum([0, *case.q_lens]), jnp.int32),
+        sinks=jnp.asarray(rng.normal(size=h), jnp.float32) if case.sinks else None,
+    )
+
+
+def plain_attention(q, k, v, seen, *, sinks=None, scale=None, softcap=None):
+    """Attention as one writes it down, every array in q's dtype; seen [B,T,S]. The measure for rounding error."""
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    s = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
+    s = jnp.where(seen[:, None], s, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(q.dtype)[:, None, None], (*s.shape[:3], 1))
+        s = jnp.concatenate([s, sink], axis=-1)
+    some = jnp.any(seen, axis=-1)[:, None, :, None]
+    p = jnp.where(some, jax.nn.softmax(jnp.where(some, s, 0.0), axis=-1), 0.0)[..., : k.shape[1]]
+    return jnp.einsum("bhts,bshd->bthd", p, v)
+
+
+def error(x: Any, oracle: Any) -> float:
+    """Root mean square error; infinite where a NaN or an infinity stands in one of them alone."""
+    x, oracle = np.asarray(x, np.float64), np.asarray(oracle, np.float64)
+    same = (x == oracle) | (np.isnan(x) & np.isnan(oracle))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, x - oracle)
+    return float(np.sqrt(np.mean(gap**2))) if np.isfinite(gap).all() else float("inf")

@@ -1,0 +1,232 @@
+"""One body for every implementation of flash_attention, over tests/cases.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FLASH, error, flash_inputs, plain_attention
+
+from paxattn import flash_attention
+
+IMPLEMENTATIONS = ["xla"]
+WRT = ("q", "k", "v", "sinks")
+
+
+def run(case, inputs, cotangents, implementation):
+    """Output, lse and the gradients of both, as one flat list."""
+    fixed = {name: x for name, x in inputs.items() if name not in WRT}
+    moving = {name: inputs[name] for name in WRT if inputs[name] is not None}
+
+    def op(moving):
+        return flash_attention(
+            **{"sinks": None, **moving}, **fixed, **case.options, return_lse=True, implementation=implementation
+        )
+
+    @jax.jit
+    def everything(moving, cotangents):
+        (out, lse), pull = jax.vjp(op, moving)
+        return out, lse, pull((cotangents[0].astype(out.dtype), jnp.where(jnp.isfinite(lse), cotangents[1], 0.0)))
+
+    return jax.tree.leaves(everything(moving, cotangents))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", FLASH, ids=str)
+def test_float32_equals_the_oracle(case, implementation, rng):
+    inputs = flash_inputs(case, rng, jnp.float32)
+    b, t, _, h, _, _, dv = case.shape
+    cotangents = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((b, t, h, dv), (b, h, t)))
+    got = run(case, inputs, cotangents, implementation)
+    want = run(case, inputs, cotangents, "reference")
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+LOW = [case for case in FLASH if case.name in ("causal_longer_keys", "full", "window_pair", "sinks", "segments")]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", LOW, ids=str)
+def test_low_precision_error_is_at_most_twice_plain_attentions(case, dtype, implementation, rng):
+    inputs = flash_inputs(case, rng, dtype)
+    b, t, _, h, _, _, dv = case.shape
+    cotangents = jnp.asarray(rng.normal(size=(b, t, h, dv)), dtype).astype(jnp.float32), jnp.zeros((b, h, t))
+    exact = {name: x.astype(jnp.float32) if name in ("q", "k", "v") else x for name, x in inputs.items()}
+    want = run(case, exact, cotangents, "reference")
+    got = run(case, inputs, cotangents, implementation)
+    seen = seen_keys(case, inputs)
+
+    def plain(q, k, v, sinks):
+        return plain_attention(q, k, v, seen, sinks=sinks)
+
+    out, pull = jax.vjp(plain, *(inputs[name] for name in WRT))
+    base = [out, want[1], *(x for x in pull(cotangents[0].astype(dtype)) if x is not None)]
+    order = [0, 1, *(2 + i for i in np.argsort([n for n in WRT if inputs[n] is not None]))]
+    base = [base[i] for i in order]
+    for i, (x, y, z) in enumerate(zip(got, base, want, strict=True)):
+        floor = 1e-3 if i == 1 else 1e-6
+        assert error(x, z) <= 2 * error(y, z) + floor, i
+
+
+def seen_keys(case, inputs):
+    """bool [B,T,S], by the definition of the arguments."""
+    b, t, s = case.shape[:3]
+    distance = np.arange(s)[None, :] - (np.arange(t) + s - t)[:, None]
+    seen = np.ones((t, s), bool)
+    if case.options.get("causal"):
+        seen &= distance <= 0
+    if isinstance(case.options.get("window"), tuple):
+        left, right = case.options["window"]
+        seen &= (distance >= -left) & (distance <= right)
+    seen = np.broadcast_to(seen, (b, t, s))
+    if case.segments:
+        seen = seen & (np.asarray(inputs["q_segment_ids"])[:, :, None] == np.asarray(inputs["kv_segment_ids"])[:, None])
+    return jnp.asarray(seen)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["large", "dominant", "equal", "huge_negative"])
+def test_adversarial_scores(kind, implementation, rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 300, 2, 16)), jnp.float32) for _ in range(3))
+    if kind == "large":
+        q = q * 200
+    elif kind == "dominant":
+        k = k.at[:, 7].multiply(300.0)
+    elif kind == "equal":
+        k = jnp.ones_like(k)
+    else:
+        q, k = jnp.abs(q) * -1e3, jnp.abs(k) * 1e3
+    grads = {}
+    for name in (implementation, "reference"):
+        op = jax.value_and_grad(
+            lambda q, k, v, name=name: jnp.sum(flash_attention(q, k, v, causal=True, implementation=name) ** 2),
+            argnums=(0, 1, 2),
+        )
+        grads[name] = jax.tree.leaves(jax.jit(op)(q, k, v))
+    # What rounds in a gradient is as large as the other operand: dq is a sum of keys that may cancel.
+    others = (jnp.ones(1), k, q, v)
+    for x, y, other in zip(grads[implementation], grads["reference"], others, strict=True):
+        scale = max(float(jnp.abs(y).max()), float(jnp.abs(other).max()))
+        np.testing.assert_allclose(x / scale, y / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_rows_with_nothing_to_see(implementation):
+    """T > S and causal: the first T - S queries see nothing, with and without sinks."""
+    q, k, v = jnp.ones((1, 5, 2, 4)), jnp.ones((1, 2, 1, 4)), jnp.ones((1, 2, 1, 4))
+    for sinks in (None, jnp.ones(2)):
+
+        def op(q, k, v, sinks=sinks):
+            return flash_attention(
+                q, k, v, causal=True, sinks=sinks, return_lse=True, implementation=implementation
+            )
+
+        (out, lse), pull = jax.vjp(op, q, k, v)
+        assert (out[:, :3] == 0).all()
+        assert jnp.isneginf(lse[:, :, :3]).all()
+        assert (out[:, 3:] != 0).all()
+        assert jnp.isfinite(lse[:, :, 3:]).all()
+        grads = pull((jnp.ones_like(out), jnp.ones_like(lse)))
+        assert all(jnp.isfinite(g).all() for g in grads)
+        assert (grads[0][:, :3] == 0).all()
+
+
+def test_works_under_vmap_checkpoint_scan_and_shard_map(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 2, 40, 2, 8)), jnp.float32) for _ in range(3))
+    one = lambda q, k, v: flash_attention(q, k, v, causal=True, implementation="xla")  # noqa: E731
+    want = jnp.stack([one(*x) for x in zip(q, k, v, strict=True)])
+    np.testing.assert_allclose(jax.vmap(one)(q, k, v), want, rtol=1e-5, atol=1e-5)
+    scanned = jax.lax.scan(lambda _, x: (None, jax.checkpoint(one)(*x)), None, (q, k, v))[1]
+    np.testing.assert_allclose(scanned, want, rtol=1e-5, atol=1e-5)
+    mesh = jax.make_mesh((1, 1), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec("b", None, "h", None)
+    sharded = jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(jax.jit(sharded)(q[0], k[0], v[0]), want[0], rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode_and_second_derivatives(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 9, 2, 4)), jnp.float32) for _ in range(3))
+
+    def op(name):
+        return lambda x: jnp.sum(flash_attention(x, k, v, causal=True, softcap=2.0, implementation=name) ** 2)
+
+    tangent = [jax.jvp(op(name), (q,), (v,))[1] for name in ("xla", "reference")]
+    np.testing.assert_allclose(*tangent, rtol=1e-4)
+    twice = [jax.jvp(jax.grad(op(name)), (q,), (v,))[1] for name in ("xla", "reference")]
+    np.testing.assert_allclose(*twice, rtol=1e-3, atol=1e-5)
+    backwards = [jax.grad(lambda x, f=op(name): jnp.sum(jax.grad(f)(x) * v))(q) for name in ("xla", "reference")]
+    np.testing.assert_allclose(*backwards, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(causal=True), dict(), dict(causal=True, window=100)], ids=str)
+def test_memory_is_linear_in_length(options):
+    def temporary(length, backward):
+        x = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
+
+        def op(q, k, v):
+            return flash_attention(q, k, v, implementation="xla", **options).sum()
+
+        run = jax.jit(jax.grad(op, argnums=(0, 1, 2)) if backward else op)
+        return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    for backward in (False, True):
+        small, middle, large = (temporary(length, backward) for length in (2048, 4096, 8192))
+        assert middle <= 2.1 * small
+        assert large <= 2.1 * middle
+
+
+GOOD = dict(q=(2, 5, 4, 8), k=(2, 7, 2, 8), v=(2, 7, 2, 6))
+BAD = [
+    ("q", dict(q=(5, 4, 8))),
+    ("k", dict(k=(2, 7, 2, 9))),
+    ("k", dict(k=(3, 7, 2, 8))),
+    ("k", dict(k=(2, 7, 3, 8), v=(2, 7, 3, 6))),
+    ("k", dict(k=(2, 0, 2, 8), v=(2, 0, 2, 6))),
+    ("q", dict(q=(2, 0, 4, 8))),
+    ("v", dict(v=(2, 6, 2, 6))),
+    ("window", dict(window=0)),
+    ("window", dict(window=(1, -1))),
+    ("window", dict(window=(1, 2, 3))),
+    ("window", dict(window=1.5)),
+    ("softcap", dict(softcap=0.0)),
+    ("scale", dict(scale="x")),
+    ("sinks", dict(sinks=jnp.ones(3))),
+    ("sinks", dict(sinks=jnp.ones(4, jnp.int32))),
+    ("q_segment_ids", dict(kv_segment_ids=jnp.zeros((2, 7), jnp.int32))),
+    ("kv_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5), jnp.int32))),
+    ("kv_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5), jnp.int32), kv_segment_ids=jnp.zeros((2, 6), int))),
+    ("q_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5)), kv_segment_ids=jnp.zeros((2, 7), jnp.int32))),
+    ("implementation", dict(implementation="triton")),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), BAD, ids=[f"{i}_{name}" for i, (name, _) in enumerate(BAD)])
+@pytest.mark.usefixtures("unchecked")
+def test_a_bad_argument_is_named(name, change):
+    arrays = {n: jnp.zeros(change.get(n, shape)) for n, shape in GOOD.items()}
+    options = {n: x for n, x in change.items() if n not in GOOD}
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        flash_attention(**arrays, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_dtypes_and_traced_statics_are_named():
+    x = jnp.zeros((1, 2, 2, 4))
+    with pytest.raises(ValueError, match=r"^q: got dtype int32"):
+        flash_attention(x.astype(jnp.int32), x, x)
+    with pytest.raises(ValueError, match=r"^v: got dtype bfloat16"):
+        flash_attention(x, x, x.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"^q: got list"):
+        flash_attention([[1.0]], x, x)
+    with pytest.raises(ValueError, match=r"^scale: got .*trace time"):
+        jax.jit(lambda scale: flash_attention(x, x, x, scale=scale))(1.0)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
+def test_what_is_not_there_declines_by_name(implementation):
+    x = jnp.zeros((1, 2, 2, 4))
+    with pytest.raises(NotImplementedError, match=f"flash_attention.*{implementation}"):
+        flash_attention(x, x, x, implementation=implementation)

@@ -1,0 +1,149 @@
+"""One body for every implementation of paged_attention, over tests/cases.py, with NaN in all that nobody owns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import PAGED, error, paged_inputs, plain_attention
+
+from paxattn import KVPages, flash_attention, init_pages, paged_attention
+
+IMPLEMENTATIONS = ["xla"]
+
+
+def run(case, inputs, implementation):
+    op = jax.jit(
+        lambda inputs: paged_attention(**inputs, **case.options, return_lse=True, implementation=implementation)
+    )
+    return op(inputs)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", PAGED, ids=str)
+def test_float32_equals_the_oracle(case, implementation, rng):
+    inputs = paged_inputs(case, rng, jnp.float32)
+    out, lse = run(case, inputs, implementation)
+    want_out, want_lse = run(case, inputs, "reference")
+    assert out.shape == inputs["q"].shape
+    assert lse.shape == inputs["q"].shape[1::-1]
+    np.testing.assert_allclose(out, want_out, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(lse, want_lse, rtol=2e-5, atol=2e-5)
+    tokens = sum(case.q_lens)
+    assert (np.asarray(out[tokens:]) == 0).all()
+    assert np.isneginf(lse[:, tokens:]).all()
+
+
+@pytest.mark.parametrize("case", PAGED, ids=str)
+def test_the_oracle_equals_dense_attention_row_by_row(case, rng):
+    inputs = paged_inputs(case, rng, jnp.float32)
+    out, lse = run(case, inputs, "reference")
+    options = {name: x for name, x in case.options.items() if name != "max_q_len"}
+    for row, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        if not q_len or not kv_len:
+            continue
+        start = sum(case.q_lens[:row])
+        k, v = dense(inputs, row, kv_len, case.page_size)
+        want_out, want_lse = flash_attention(
+            inputs["q"][None, start : start + q_len],
+            k,
+            v,
+            causal=True,
+            sinks=inputs["sinks"],
+            return_lse=True,
+            implementation="reference",
+            **options,
+        )
+        np.testing.assert_allclose(out[start : start + q_len], want_out[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(lse[:, start : start + q_len], want_lse[0], rtol=1e-5, atol=1e-5)
+
+
+def dense(inputs, row, kv_len, page_size):
+    at = np.arange(kv_len)
+    page = np.asarray(inputs["page_table"])[row, at // page_size]
+    return (x[page, at % page_size][None] for x in (inputs["pages"].k, inputs["pages"].v))
+
+
+LOW = [case for case in PAGED if case.name in ("decode", "prefill")]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", LOW, ids=str)
+def test_low_precision_error_is_at_most_twice_plain_attentions(case, dtype, implementation, rng):
+    inputs = paged_inputs(case, rng, dtype)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, inputs)
+    want, _ = run(case, exact, "reference")
+    got, _ = run(case, inputs, implementation)
+    assert got.dtype == dtype
+    rows = []
+    for row, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        start = sum(case.q_lens[:row])
+        seen = jnp.arange(kv_len)[None, :] <= jnp.arange(q_len)[:, None] + kv_len - q_len
+        k, v = dense(inputs, row, kv_len, case.page_size)
+        rows.append(plain_attention(inputs["q"][None, start : start + q_len], k, v, seen[None])[0])
+    assert error(got, want) <= 2 * error(jnp.concatenate(rows), want) + 1e-6
+
+
+def test_pages_of_another_dtype_than_the_queries(rng):
+    inputs = paged_inputs(PAGED[0], rng, jnp.float32)
+    half = inputs | {"pages": jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs["pages"])}
+    out, _ = run(PAGED[0], half, "xla")
+    want, _ = run(PAGED[0], inputs, "reference")
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, want, atol=0.05)
+
+
+def test_int64_lengths_and_tables_are_taken(rng):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        inputs = paged_inputs(PAGED[8], rng, jnp.float32)
+        wide = inputs | {n: inputs[n].astype(jnp.int64) for n in ("page_table", "kv_lens", "cu_q_lens")}
+        out, _ = run(PAGED[8], wide, "xla")
+        want, _ = run(PAGED[8], inputs, "reference")
+        np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
+
+
+def good():
+    return dict(
+        q=jnp.zeros((3, 4, 8)),
+        pages=init_pages(6, 4, 2, 8, jnp.float32),
+        page_table=jnp.zeros((2, 3), jnp.int32),
+        kv_lens=jnp.ones(2, jnp.int32),
+        cu_q_lens=jnp.arange(3),
+    )
+
+
+BAD = [
+    ("q", dict(q=jnp.zeros((3, 4)))),
+    ("q", dict(q=jnp.zeros((3, 4, 9)))),
+    ("q", dict(q=jnp.zeros((3, 4, 8), jnp.int32))),
+    ("pages", dict(q=jnp.zeros((3, 5, 8)))),
+    ("pages", dict(pages=jnp.zeros((6, 4, 2, 8)))),
+    ("page_table", dict(page_table=jnp.zeros(3, jnp.int32))),
+    ("page_table", dict(page_table=jnp.zeros((2, 3)))),
+    ("kv_lens", dict(kv_lens=jnp.ones(3, jnp.int32))),
+    ("kv_lens", dict(kv_lens=[1, 1])),
+    ("cu_q_lens", dict(cu_q_lens=jnp.arange(2))),
+    ("max_q_len", dict(max_q_len=0)),
+    ("window", dict(window=-3)),
+    ("softcap", dict(softcap=-1.0)),
+    ("sinks", dict(sinks=jnp.ones((4, 1)))),
+    ("implementation", dict(implementation="cuda")),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), BAD, ids=[f"{i}_{name}" for i, (name, _) in enumerate(BAD)])
+@pytest.mark.usefixtures("unchecked")
+def test_a_bad_argument_is_named(name, change):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        paged_attention(**{**good(), **change})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_not_there_declines_by_name():
+    with pytest.raises(NotImplementedError, match=r"paged_attention.*mosaic_gpu"):
+        paged_attention(**good(), implementation="mosaic_gpu")
+
+
+def test_pages_is_a_pytree():
+    pages = init_pages(6, 4, 2, 8)
+    assert jax.tree.map(lambda x: x.dtype, pages) == KVPages(jnp.dtype("bfloat16"), jnp.dtype("bfloat16"))
