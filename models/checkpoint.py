@@ -12,6 +12,7 @@ from flax import nnx
 
 from models import tokenizer, weights
 from models.config import Config
+from models.damage import Blame
 from models.decoder import PureDecoder, abstract
 from models.tokenizer import Tokenizer
 
@@ -26,11 +27,11 @@ def save(folder: Path, model: PureDecoder, params: nnx.State, tokens: Tokenizer)
     """Write a checkpoint; it appears whole or not at all.
 
     Raises:
-      ValueError: the folder exists and is not empty.
+      ValueError: something is there already, and is not an empty folder.
     """
     folder = folder.absolute()
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: not empty, and not overwritten")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: not an empty folder, and not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
@@ -54,14 +55,11 @@ def restore(folder: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer
     folder = folder.absolute()
     if not exists(folder):
         raise ValueError(f"{folder}: holds no checkpoint")
-    try:
+    with Blame(folder):
         config = Config.from_json(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         arrays = _arrays(folder / PARAMS, config, dtype)
-        tokens = tokenizer.from_saved(folder)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ValueError(f"{folder}: a damaged or foreign checkpoint ({error})") from error
-    model, params = weights.fill(config, dtype, arrays.__getitem__)
-    return model, params, tokens
+        model, params = weights.fill(config, dtype, arrays.__getitem__)
+        return model, params, tokenizer.from_saved(folder)
 
 
 def _arrays(path: Path, config: Config, dtype: Any) -> dict[str, jax.Array]:

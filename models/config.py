@@ -21,6 +21,14 @@ class Config:
     norm_eps: float = 1e-5
     tied_head: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: got {size!r}, must be a positive int")
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise ValueError("num_heads must be a multiple of num_kv_heads, and head_dim even")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

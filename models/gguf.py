@@ -9,8 +9,9 @@ from flax import nnx
 
 from models import weights
 from models.config import Config
+from models.damage import Blame
 from models.decoder import PureDecoder
-from models.tokenizer import Tokenizer, from_gguf_fields
+from models.tokenizer import Tokenizer, checked, from_gguf_fields
 
 NAMES = {
     "embed": "token_embd.weight",
@@ -34,6 +35,11 @@ def load(path: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
     Raises:
       ValueError: not a GGUF file, or not of the Llama family; the message says what is in the way.
     """
+    with Blame(path):
+        return _load(path, dtype)
+
+
+def _load(path: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -49,24 +55,21 @@ def load(path: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
         return array if num_heads is None else _unpermute(array, num_heads)
 
     model, params = weights.fill(config, dtype, read)
-    return model, params, from_gguf_fields(fields)
+    return model, params, checked(from_gguf_fields(fields), config, path)
 
 
 def _open(path: Path) -> gguf.GGUFReader:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path}: a damaged or truncated GGUF file ({error})") from error
+    return gguf.GGUFReader(path)
 
 
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> Config:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{path}: architecture {architecture!r}, only 'llama' is supported")
-    if "llama.expert_count" in fields:
+    if fields.get("llama.expert_count"):
         raise ValueError(f"{path}: a mixture of experts, only dense models are supported")
 
     def get(name: str, default: Any = None) -> Any:
@@ -79,6 +82,8 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> Conf
     head_dim = get("attention.key_length", embed_dim // heads)
     if get("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(f"{path}: partial RoPE is not supported")
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path}: has no tensor token_embd.weight")
     return Config(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         num_layers=get("block_count"),
@@ -97,7 +102,10 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> Conf
 
 def _rope_factors(path: Path, fields: dict, tensors: dict, head_dim: int) -> tuple[float, ...] | None:
     if "rope_freqs.weight" in tensors:
-        return tuple(float(x) for x in tensors["rope_freqs.weight"].data)
+        factors = tuple(float(x) for x in tensors["rope_freqs.weight"].data)
+        if len(factors) != head_dim // 2:
+            raise ValueError(f"{path}: rope_freqs.weight has {len(factors)} factors, not {head_dim // 2}")
+        return factors
     kind = fields.get("llama.rope.scaling.type", "none")
     if kind == "none":
         return None

@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from models import weights
 from models.config import Config
+from models.damage import Blame
 from models.decoder import PureDecoder
-from models.tokenizer import Tokenizer, from_huggingface
+from models.tokenizer import Tokenizer, checked, from_huggingface
 
 NAMES = {
     "embed": "model.embed_tokens.weight",
@@ -28,6 +29,16 @@ NAMES = {
     "blocks.{i}.mlp.down.weight": "model.layers.{i}.mlp.down_proj.weight",
 }
 
+SIZES = (
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
 
 def load(folder: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
     """Model, parameters and tokenizer of a folder.
@@ -35,6 +46,11 @@ def load(folder: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
     Raises:
       ValueError: a file is missing or damaged, or the model is not of the Llama family.
     """
+    with Blame(folder):
+        return _load(folder, dtype)
+
+
+def _load(folder: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
     fields = read_json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -42,7 +58,7 @@ def load(folder: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
     tensors = _Tensors(files)
     config = _config(folder / "config.json", fields)
     model, params = weights.fill(config, dtype, lambda name: tensors.read(weights.rename(name, NAMES)))
-    return model, params, from_huggingface(folder, fields)
+    return model, params, checked(from_huggingface(folder, fields), config, folder)
 
 
 class _Tensors:
@@ -54,7 +70,7 @@ class _Tensors:
         for path in files:
             try:
                 file = safe_open(path, framework="flax")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: a damaged or truncated safetensors file ({error})") from error
             self._file_of.update(dict.fromkeys(file.keys(), file))
 
@@ -76,15 +92,19 @@ def read_json(path: Path) -> Any:
 def _config(path: Path, fields: dict[str, Any]) -> Config:
     if fields.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type {fields.get('model_type')!r}, only 'llama' is supported")
-    for bias in ("attention_bias", "mlp_bias"):
-        if fields.get(bias):
-            raise ValueError(f"{path}: {bias} is not supported")
-    missing = [name for name in ("num_attention_heads", "hidden_size", "vocab_size") if name not in fields]
+    for feature in ("attention_bias", "mlp_bias", "quantization_config"):
+        if fields.get(feature):
+            raise ValueError(f"{path}: {feature} is not supported")
+    if fields.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act {fields['hidden_act']!r}, only 'silu' is supported")
+    missing = [name for name in SIZES if name not in fields]
     if missing:
         raise ValueError(f"{path}: has no {', '.join(missing)}")
     heads = fields["num_attention_heads"]
     head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1)) != 1:
+        raise ValueError(f"{path}: partial RoPE is not supported")
     return Config(
         vocab_size=fields["vocab_size"],
         num_layers=fields["num_hidden_layers"],

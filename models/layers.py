@@ -36,7 +36,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.weight[...]
+        return y.astype(x.dtype) * self.weight[...][None, :]
 
 
 class MLP(nnx.Module):
@@ -91,7 +91,7 @@ def rotation(positions: Array, config: Config) -> tuple[Array, Array]:
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_factors is not None:
         frequency /= jnp.asarray(config.rope_factors, jnp.float32)
-    angle = positions.astype(jnp.float32)[:, None, None] * frequency
+    angle = positions.astype(jnp.float32)[:, None, None] * frequency[None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 

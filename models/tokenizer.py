@@ -1,7 +1,10 @@
 """Text to tokens and back, and the chat template, from a GGUF file's fields or a Hugging Face folder."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
+
+from models.config import Config
+from models.damage import Blame
 
 END_OF_TEXT = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>"}
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
@@ -47,6 +52,11 @@ class Tokenizer:
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that ids add to the prompt's, special tokens left out."""
+        stream = TextStream(self, prompt)
+        return "".join(stream.put(token) for token in ids) + stream.end()
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a conversation, ready for the assistant's turn.
 
@@ -55,16 +65,16 @@ class Tokenizer:
         """
         if self.special.chat_template is None:
             raise ValueError("this model has no chat template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
         try:
-            text = environment.from_string(self.special.chat_template).render(
+            text = _template_environment().from_string(self.special.chat_template).render(
                 messages=messages,
+                tools=None,
+                documents=None,
                 add_generation_prompt=True,
                 bos_token=self.special.bos_token,
                 eos_token=self.special.eos_token,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             raise ValueError(f"the chat template failed: {error}") from error
         begun = bool(self.special.bos_token) and text.startswith(self.special.bos_token)
         return self.encode(text, add_special=not begun)
@@ -75,27 +85,55 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of one row's tokens as it comes; a character in several tokens comes with the last of them."""
+    """Text of one row's tokens as it comes; a character in several tokens comes with the last of them.
 
-    def __init__(self, tokenizer: Tokenizer):
+    Only the newest tokens are decoded again, together with those before them, as a token's text may depend on what
+    it follows (SentencePiece's first space).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._told = 0
+        self._ids = list(prompt)
+        self._begin, self._read = 0, len(self._ids)
 
     def put(self, token: int) -> str:
         self._ids.append(token)
-        text = self._stream.step(self._tokenizer.backend, token) or ""
-        self._told += len(text)
+        text = self._rest()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._begin, self._read = self._read, len(self._ids)
         return text
 
     def end(self) -> str:
         """What is still held back."""
-        return self._tokenizer.decode(self._ids, skip_special=True)[self._told :]
+        return self._rest()
+
+    def _rest(self) -> str:
+        told = self._tokenizer.decode(self._ids[self._begin : self._read], skip_special=True)
+        return self._tokenizer.decode(self._ids[self._begin :], skip_special=True)[len(told) :]
+
+
+def _template_environment() -> ImmutableSandboxedEnvironment:
+    """Jinja with what chat templates written for Hugging Face's transformers expect of it."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    return environment
 
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def checked(tokenizer: Tokenizer, config: Config, path: Path) -> Tokenizer:
+    """The same, once every token it can make is known to have an embedding."""
+    largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    if max(largest, *tokenizer.stop_ids, 0) >= config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has more tokens than the model's {config.vocab_size} embeddings")
+    return tokenizer
 
 
 def from_saved(folder: Path) -> Tokenizer:
@@ -113,7 +151,12 @@ def from_huggingface(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder}: has no tokenizer.json")
     backend = Backend.from_file(str(folder / "tokenizer.json"))
-    names = _json_or_empty(folder / "tokenizer_config.json")
+    backend.no_truncation()
+    backend.no_padding()
+    names = {
+        **_json_or_empty(folder / "special_tokens_map.json"),
+        **_json_or_empty(folder / "tokenizer_config.json"),
+    }
     stops = _json_or_empty(folder / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     eos = _token_text(names.get("eos_token"))
@@ -128,7 +171,8 @@ def from_huggingface(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with Blame(path):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _token_text(token: Any) -> str:
@@ -155,8 +199,9 @@ def from_gguf_fields(fields: dict[str, Any]) -> Tokenizer:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif type_ == USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False)])
+    begins = kind == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
     bos, eos = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    if bos is not None and fields.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    if bos is not None and fields.get("tokenizer.ggml.add_bos_token", begins):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )

@@ -26,6 +26,8 @@ def fill(config: Config, dtype: Any, read: Callable[[str], Any]) -> tuple[decode
 def _read(path: Any, leaf: Any, read: Callable[[str], Any]) -> jax.Array:
     name = name_of(path)
     array = read(name)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name}: the file has dtype {array.dtype}, only floating ones are supported")
     if array.shape != leaf.shape:
         raise ValueError(f"{name}: the file has shape {array.shape}, its config says {leaf.shape}")
     return jnp.asarray(array, leaf.dtype)

@@ -71,8 +71,9 @@ def run(options: argparse.Namespace) -> None:
     prompts = [encode(loaded[2], text, options.chat) for text in texts]
     check_lengths(prompts, loaded, options)
     show = len(prompts) == 1 and not options.json
-    for ids in continue_all(loaded, prompts, options, sampling, echo=show):
-        text = loaded[2].decode(ids, skip_special=True)
+    new = continue_all(loaded, prompts, options, sampling, echo=show)
+    for prompt, ids in zip(prompts, new, strict=True):
+        text = loaded[2].continuation(prompt, ids)
         if options.json:
             print(json.dumps({"out_ids": ids, "text": text}))
         elif not show:
@@ -158,7 +159,7 @@ def continue_all(
     with status("compiling"):
         paxattn.warmup(model, params, kv, prompts, **how)
     out: list[list[int]] = [[] for _ in prompts]
-    text = TextStream(tokenizer)
+    text = TextStream(tokenizer, prompts[0])
     times = [time.perf_counter()]
     for step in paxattn.stream(model, params, kv, prompts, **how):
         times.append(time.perf_counter())
@@ -187,7 +188,7 @@ def converse(loaded: Loaded, options: argparse.Namespace, sampling: Any) -> None
         prompt = tokenizer.encode_chat([*messages, {"role": "user", "content": line}])
         check_lengths([prompt], loaded, options)
         [ids] = continue_all(loaded, [prompt], options, sampling, echo=True)
-        answer = tokenizer.decode(ids, skip_special=True)
+        answer = tokenizer.continuation(prompt, ids)
         messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
-TYPED = ("paxattn.flash_attention", "paxattn.paged_attention", "paxattn.kernels", "paxattn.kv.page_table")
+TYPED = ("paxattn.flash_attention", "paxattn.paged_attention", "paxattn.kernels")
 install_import_hook(TYPED, "beartype.beartype")
 
 import jax  # noqa: E402

@@ -101,7 +101,7 @@ def generate(
       ValueError: an argument does not fit; the message names it.
     """
     tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
-    state = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
+    state, *_ = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
     out, state = _loop(model, params, sampling, rule, state, _bucket(max_new_tokens))
     out, reason = np.asarray(out), np.asarray(state.reason)
     return [Generation(_valid(out[r]), REASONS[reason[r]]) for r in range(len(prompts))]
@@ -126,14 +126,13 @@ def stream(
 
 
 def _stream(model, params, sampling, rule, kv, tokens, q_lens, rows) -> Iterator[list[int | None]]:
-    state = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
-    drawn, running = state.tokens.copy(), state.reason == RUNNING
+    state, drawn, running = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
     while True:
         state, next_drawn, next_running = _step(model, params, sampling, rule, state)
         ids = np.asarray(drawn)[:rows].tolist()
         if max(ids) >= 0:
             yield [i if i >= 0 else None for i in ids]
-        if not np.asarray(running).any():
+        if not running:
             return
         drawn, running = next_drawn, next_running
 
@@ -152,7 +151,7 @@ def warmup(
     tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
     lowered = _prefill.lower(model, params, sampling, rule, kv, tokens, q_lens)
     lowered.compile()
-    _step.lower(model, params, sampling, rule, lowered.out_info).compile()
+    _step.lower(model, params, sampling, rule, lowered.out_info[0]).compile()
 
 
 def step(model: Model, params: Any, sampling: Sampling, rule: Stopping, state: State) -> State:
@@ -182,18 +181,22 @@ def _advance(model, params, sampling, rule, state: State, tokens: Array, ok: Arr
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("kv",))
-def _prefill(model, params, sampling, rule, kv, tokens, q_lens) -> State:
+def _prefill(model, params, sampling, rule, kv, tokens, q_lens):
+    """The first step, over whole prompts; returns what `_step` does."""
     kv, ok = kv.extend(q_lens, num_tokens=tokens.shape[0])
     reason = jnp.where(q_lens > 0, RUNNING, LENGTH)
     state = State(kv, jnp.full_like(q_lens, -1), reason, jnp.int32(0))
-    return _advance(model, params, sampling, rule, state, tokens, ok)
+    return _with_news(_advance(model, params, sampling, rule, state, tokens, ok))
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def _step(model, params, sampling, rule, state):
-    """`step`, and what it drew and who is running outside the state, which the next call takes away."""
-    state = step(model, params, sampling, rule, state)
-    return state, jnp.copy(state.tokens), jnp.copy(state.reason == RUNNING)
+    return _with_news(step(model, params, sampling, rule, state))
+
+
+def _with_news(state: State) -> tuple[State, Array, Array]:
+    """Also what was drawn and whether any row runs on, outside the state, which the next call takes away."""
+    return state, jnp.copy(state.tokens), jnp.any(state.reason == RUNNING)
 
 
 @partial(jax.jit, static_argnames=("model", "most"), donate_argnames=("state",))

@@ -61,7 +61,7 @@ def _keep_likely(logits: Array, sampling: Sampling) -> Array:
     """-inf for all but the top k, and of those all but the nucleus of probability top_p."""
     vocab = logits.shape[-1]
     ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    in_top_k = jnp.arange(vocab) < jnp.where(sampling.top_k > 0, sampling.top_k, vocab)
+    in_top_k = (jnp.arange(vocab) < jnp.where(sampling.top_k > 0, sampling.top_k, vocab))[None, :]
     p = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
     in_nucleus = (jnp.cumsum(p, axis=-1) - p < sampling.top_p) | (sampling.top_p >= 1)
     least = jnp.min(jnp.where(in_top_k & in_nucleus, ranked, jnp.inf), axis=-1, keepdims=True)
