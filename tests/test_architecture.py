@@ -1,0 +1,79 @@
+"""Who may import whom, what importing costs, and what the wheel ships."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paxattn
+from paxattn import dispatch
+
+ROOT = Path(__file__).parents[1]
+
+# Which of our modules the files under a folder may import; the longest matching folder counts.
+ALLOWED = {
+    "paxattn/__init__.py": ("paxattn",),
+    "paxattn/checks.py": (),
+    "paxattn/reference.py": (),
+    "paxattn/dispatch.py": (),
+    "paxattn/kernels": ("paxattn.kernels",),
+    "paxattn/flash_attention.py": ("paxattn.checks", "paxattn.dispatch"),
+    "paxattn/paged_attention.py": ("paxattn.checks", "paxattn.dispatch", "paxattn.kv.pages"),
+    "paxattn/kv": ("paxattn.checks", "paxattn.kv", "paxattn.flash_attention", "paxattn.paged_attention"),
+    "paxattn/kv/pages.py": ("paxattn.checks",),
+    "paxattn/kv/page_table.py": ("paxattn.checks",),
+    "paxattn/engine": ("paxattn.checks", "paxattn.kv", "paxattn.engine"),
+    "models": ("models",),
+}
+FILES = [path.relative_to(ROOT) for top in ("paxattn", "models") for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_one_way(path):
+    place = max((p for p in ALLOWED if path.as_posix() == p or path.is_relative_to(p)), key=len)
+    for name in imported(path):
+        if name.split(".")[0] in ("paxattn", "models", "scripts", "tests"):
+            assert any(name == to or name.startswith(to + ".") for to in ALLOWED[place]), f"{path} imports {name}"
+
+
+def test_kernels_import_only_jax_besides():
+    standard = {"collections", "dataclasses", "functools", "typing"}
+    for path in FILES:
+        if path.is_relative_to("paxattn/kernels") or path.as_posix() == "paxattn/reference.py":
+            assert {name.split(".")[0] for name in imported(path)} <= {"jax", "paxattn", *standard}
+
+
+def test_every_implementation_that_dispatch_names_is_there():
+    for op, modules in dispatch.MODULES.items():
+        for name in modules:
+            assert callable(dispatch.load(op, name))
+        for names in dispatch.ORDER.values():
+            assert names[0] in modules
+
+
+def test_public_names_are_there_and_documented():
+    for name in paxattn.__all__:
+        assert getattr(paxattn, name).__doc__, name
+
+
+def test_import_is_quick_and_touches_no_device():
+    code = (
+        "import time, jax; t = time.perf_counter(); import paxattn; t = time.perf_counter() - t;"
+        "from jax._src import xla_bridge; assert not xla_bridge._backends; print(t)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.3
