@@ -22,7 +22,15 @@ class Config:
     tied_head: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "embed_dim",
+            "mlp_dim",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: got {size!r}, must be a positive int")

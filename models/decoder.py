@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from models.config import Config
-from models.layers import Block, Linear, RMSNorm, matmul, rotation
+from models.layers import Block, RMSNorm, matmul, rotation, weight
 
 
 class Decoder(nnx.Module):
@@ -22,7 +22,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         if not config.tied_head:
-            self.head = Linear(config.embed_dim, config.vocab_size, dtype=dtype, rngs=rngs)
+            self.head = weight(rngs, config.vocab_size, config.embed_dim, dtype=dtype)
 
     def __call__(self, tokens: Array, positions: Array, kv: Any) -> tuple[Array, Any]:
         """tokens, positions i32 [T] and a store -> hidden [T,E], and the store written to."""
@@ -34,8 +34,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[T,E] -> float32 [T,V]"""
-        head = self.embed[...] if self.config.tied_head else self.head.weight[...]
-        return matmul(hidden, head).astype(jnp.float32)
+        return matmul(hidden, self.embed if self.config.tied_head else self.head).astype(jnp.float32)
 
 
 @dataclass(frozen=True)

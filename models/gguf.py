@@ -16,16 +16,16 @@ from models.tokenizer import Tokenizer, checked, from_gguf_fields
 NAMES = {
     "embed": "token_embd.weight",
     "norm.weight": "output_norm.weight",
-    "head.weight": "output.weight",
+    "head": "output.weight",
     "blocks.{i}.attention_norm.weight": "blk.{i}.attn_norm.weight",
-    "blocks.{i}.attention.q.weight": "blk.{i}.attn_q.weight",
-    "blocks.{i}.attention.k.weight": "blk.{i}.attn_k.weight",
-    "blocks.{i}.attention.v.weight": "blk.{i}.attn_v.weight",
-    "blocks.{i}.attention.out.weight": "blk.{i}.attn_output.weight",
+    "blocks.{i}.attention.q": "blk.{i}.attn_q.weight",
+    "blocks.{i}.attention.k": "blk.{i}.attn_k.weight",
+    "blocks.{i}.attention.v": "blk.{i}.attn_v.weight",
+    "blocks.{i}.attention.out": "blk.{i}.attn_output.weight",
     "blocks.{i}.mlp_norm.weight": "blk.{i}.ffn_norm.weight",
-    "blocks.{i}.mlp.gate.weight": "blk.{i}.ffn_gate.weight",
-    "blocks.{i}.mlp.up.weight": "blk.{i}.ffn_up.weight",
-    "blocks.{i}.mlp.down.weight": "blk.{i}.ffn_down.weight",
+    "blocks.{i}.mlp.gate": "blk.{i}.ffn_gate.weight",
+    "blocks.{i}.mlp.up": "blk.{i}.ffn_up.weight",
+    "blocks.{i}.mlp.down": "blk.{i}.ffn_down.weight",
 }
 
 
@@ -44,7 +44,7 @@ def _load(path: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(path, fields, tensors)
-    heads = {"attention.q.weight": config.num_heads, "attention.k.weight": config.num_kv_heads}
+    heads = {"attention.q": config.num_heads, "attention.k": config.num_kv_heads}
 
     def read(name: str) -> np.ndarray:
         source = weights.rename(name, NAMES)
@@ -54,7 +54,7 @@ def _load(path: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
         num_heads = heads.get(name.split(".", 2)[-1])
         return array if num_heads is None else _unpermute(array, num_heads)
 
-    model, params = weights.fill(config, dtype, read)
+    model, params = weights.convert(config, dtype, read)
     return model, params, checked(from_gguf_fields(fields), config, path)
 
 

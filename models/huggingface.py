@@ -17,16 +17,16 @@ from models.tokenizer import Tokenizer, checked, from_huggingface
 NAMES = {
     "embed": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
+    "head": "lm_head.weight",
     "blocks.{i}.attention_norm.weight": "model.layers.{i}.input_layernorm.weight",
-    "blocks.{i}.attention.q.weight": "model.layers.{i}.self_attn.q_proj.weight",
-    "blocks.{i}.attention.k.weight": "model.layers.{i}.self_attn.k_proj.weight",
-    "blocks.{i}.attention.v.weight": "model.layers.{i}.self_attn.v_proj.weight",
-    "blocks.{i}.attention.out.weight": "model.layers.{i}.self_attn.o_proj.weight",
+    "blocks.{i}.attention.q": "model.layers.{i}.self_attn.q_proj.weight",
+    "blocks.{i}.attention.k": "model.layers.{i}.self_attn.k_proj.weight",
+    "blocks.{i}.attention.v": "model.layers.{i}.self_attn.v_proj.weight",
+    "blocks.{i}.attention.out": "model.layers.{i}.self_attn.o_proj.weight",
     "blocks.{i}.mlp_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    "blocks.{i}.mlp.gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
-    "blocks.{i}.mlp.up.weight": "model.layers.{i}.mlp.up_proj.weight",
-    "blocks.{i}.mlp.down.weight": "model.layers.{i}.mlp.down_proj.weight",
+    "blocks.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj.weight",
+    "blocks.{i}.mlp.up": "model.layers.{i}.mlp.up_proj.weight",
+    "blocks.{i}.mlp.down": "model.layers.{i}.mlp.down_proj.weight",
 }
 
 SIZES = (
@@ -57,7 +57,7 @@ def _load(folder: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer]:
         raise ValueError(f"{folder}: has no *.safetensors file")
     tensors = _Tensors(files)
     config = _config(folder / "config.json", fields)
-    model, params = weights.fill(config, dtype, lambda name: tensors.read(weights.rename(name, NAMES)))
+    model, params = weights.convert(config, dtype, lambda name: tensors.read(weights.rename(name, NAMES)))
     return model, params, checked(from_huggingface(folder, fields), config, folder)
 
 

@@ -10,20 +10,14 @@ from jax import Array
 from models.config import Config
 
 
-class Linear(nnx.Module):
-    """x @ weight.T with weight [out, in], the layout that checkpoints have and that reads best for few tokens."""
-
-    def __init__(self, in_dim: int, out_dim: int, *, dtype: Any, rngs: nnx.Rngs):
-        init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-        self.weight = nnx.Param(init(rngs.params(), (out_dim, in_dim), dtype))
-
-    def __call__(self, x: Array) -> Array:
-        return matmul(x, self.weight[...])
+def weight(rngs: nnx.Rngs, *shape: int, dtype: Any) -> nnx.Param:
+    """A random matrix [..., out, in], the layout that checkpoints have."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(shape[-1] ** -0.5, dtype))
 
 
-def matmul(x: Array, weight: Array) -> Array:
-    """[T,I] and [O,I] -> [T,O]. The weight goes first: on a CPU that reads it once for all of a few tokens."""
-    return jax.lax.dot_general(weight, x, (((1,), (1,)), ((), ()))).T
+def matmul(x: Array, weight: nnx.Param) -> Array:
+    """[T,I] and [...,O,I] -> [T,O], the weight's leading axes in O."""
+    return jnp.einsum("ti,oi->to", x, weight[...].reshape(-1, x.shape[-1]))
 
 
 class RMSNorm(nnx.Module):
@@ -40,36 +34,35 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """SwiGLU (Shazeer 2020). gate_up is [2,F,E]: one matrix product for both."""
 
     def __init__(self, config: Config, *, dtype: Any, rngs: nnx.Rngs):
-        self.gate = Linear(config.embed_dim, config.mlp_dim, dtype=dtype, rngs=rngs)
-        self.up = Linear(config.embed_dim, config.mlp_dim, dtype=dtype, rngs=rngs)
-        self.down = Linear(config.mlp_dim, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.gate_up = weight(rngs, 2, config.mlp_dim, config.embed_dim, dtype=dtype)
+        self.down = weight(rngs, config.embed_dim, config.mlp_dim, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = jnp.split(matmul(x, self.gate_up), 2, axis=-1)
+        return matmul(jax.nn.silu(gate) * up, self.down)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; what is stored and how it is read is the store's affair."""
+    """Grouped-query attention; what is stored and how it is read is the store's affair.
+
+    qkv is [K,G+2,D,E]: a KV head's G query heads, its key and its value lie together, so that one matrix product
+    serves all and the first axis can be sharded.
+    """
 
     def __init__(self, config: Config, *, dtype: Any, rngs: nnx.Rngs):
-        q_dim = config.num_heads * config.head_dim
-        kv_dim = config.num_kv_heads * config.head_dim
-        self.q = Linear(config.embed_dim, q_dim, dtype=dtype, rngs=rngs)
-        self.k = Linear(config.embed_dim, kv_dim, dtype=dtype, rngs=rngs)
-        self.v = Linear(config.embed_dim, kv_dim, dtype=dtype, rngs=rngs)
-        self.out = Linear(q_dim, config.embed_dim, dtype=dtype, rngs=rngs)
-        self.head_dim = config.head_dim
+        heads = config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, config.head_dim
+        self.qkv = weight(rngs, *heads, config.embed_dim, dtype=dtype)
+        self.out = weight(rngs, config.embed_dim, config.num_heads * config.head_dim, dtype=dtype)
 
     def __call__(self, layer: int, x: Array, rotation: tuple[Array, Array], kv: Any) -> tuple[Array, Any]:
-        q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
-        out, kv = kv.attend(layer, rotate(q, rotation), rotate(k, rotation), v)
-        return self.out(out.reshape(len(x), -1)), kv
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(len(x), -1, self.head_dim)
+        qkv = matmul(x, self.qkv).reshape(len(x), *self.qkv.shape[:3])
+        qk = rotate(qkv[:, :, :-1], rotation)
+        q = qk[:, :, :-1].reshape(len(x), -1, qk.shape[-1])
+        out, kv = kv.attend(layer, q, qk[:, :, -1], qkv[:, :, -1])
+        return matmul(out.reshape(len(x), -1), self.out), kv
 
 
 class Block(nnx.Module):
@@ -86,18 +79,17 @@ class Block(nnx.Module):
 
 
 def rotation(positions: Array, config: Config) -> tuple[Array, Array]:
-    """Cosine and sine [T,1,D/2] of RoPE (Su et al. 2021) at positions [T]."""
+    """Cosine and sine [T,1,1,D/2] of RoPE (Su et al. 2021) at positions [T]."""
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_factors is not None:
         frequency /= jnp.asarray(config.rope_factors, jnp.float32)
-    angle = positions.astype(jnp.float32)[:, None, None] * frequency[None, None, :]
+    angle = positions.astype(jnp.float32)[:, None, None, None] * frequency[None, None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
-    """Rotate x [T,heads,D], the first half of D against the second, in float32."""
+    """Rotate x [T,K,G+1,D], the first half of D against the second, in float32."""
     cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-

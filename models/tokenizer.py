@@ -16,7 +16,15 @@ from tokenizers import Tokenizer as Backend
 from models.config import Config
 from models.damage import Blame
 
-END_OF_TEXT = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>"}
+END_OF_TEXT = {
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "</s>",
+}
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
 
 _WORDS = (
@@ -66,13 +74,17 @@ class Tokenizer:
         if self.special.chat_template is None:
             raise ValueError("this model has no chat template")
         try:
-            text = _template_environment().from_string(self.special.chat_template).render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                bos_token=self.special.bos_token,
-                eos_token=self.special.eos_token,
+            text = (
+                _template_environment()
+                .from_string(self.special.chat_template)
+                .render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=True,
+                    bos_token=self.special.bos_token,
+                    eos_token=self.special.eos_token,
+                )
             )
         except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             raise ValueError(f"the chat template failed: {error}") from error
@@ -132,7 +144,9 @@ def checked(tokenizer: Tokenizer, config: Config, path: Path) -> Tokenizer:
     """The same, once every token it can make is known to have an embedding."""
     largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     if max(largest, *tokenizer.stop_ids, 0) >= config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has more tokens than the model's {config.vocab_size} embeddings")
+        raise ValueError(
+            f"{path}: the tokenizer has more tokens than the model's {config.vocab_size} embeddings"
+        )
     return tokenizer
 
 
@@ -163,7 +177,9 @@ def from_huggingface(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if eos and backend.token_to_id(eos) is not None:
         stops = [*stops, backend.token_to_id(eos)]
     template_file = folder / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.exists() else names.get("chat_template")
+    template = (
+        template_file.read_text(encoding="utf-8") if template_file.exists() else names.get("chat_template")
+    )
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     special = Special(tuple(sorted(set(stops))), template, _token_text(names.get("bos_token")), eos)
@@ -206,7 +222,9 @@ def from_gguf_fields(fields: dict[str, Any]) -> Tokenizer:
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     stops = {i for i, token in enumerate(tokens) if types[i] == CONTROL and token in END_OF_TEXT}
-    stops |= {fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom") if _has(fields, name)}
+    stops |= {
+        fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom") if _has(fields, name)
+    }
     special = Special(
         stop_ids=tuple(sorted(stops)),
         chat_template=fields.get("tokenizer.chat_template"),
@@ -240,7 +258,10 @@ def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Backend:
 
 
 def _cut_words(pattern: str) -> list[Any]:
-    return [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    return [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(False, use_regex=False),
+    ]
 
 
 def _sentencepiece(fields: dict[str, Any], tokens: list[str], types: list[int]) -> Backend:

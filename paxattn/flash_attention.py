@@ -92,5 +92,3 @@ def _check(q: Any, k: Any, v: Any, sinks: Any, q_segment_ids: Any, kv_segment_id
     checks.require(kv_segment_ids is not None, "kv_segment_ids", None, "given where q_segment_ids is")
     checks.check_ints("q_segment_ids", q_segment_ids, (b, t), "B T")
     checks.check_ints("kv_segment_ids", kv_segment_ids, (b, s), "B S")
-
-

@@ -62,7 +62,7 @@ def transformers_runner(config: Config, params: Any, dtype: str) -> Run | None:
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         print("transformers is left out: it needs torch and transformers installed")
         return None
-    arrays = {weights.rename(name, NAMES): x for name, x in weights.flatten(params).items()}
+    arrays = {weights.rename(name, NAMES): x for name, x in weights.unpack(config, params).items()}
     arrays = {name: np.asarray(x.astype(jnp.float32)) for name, x in arrays.items()}
     here, there = multiprocessing.get_context("spawn").Pipe()
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -78,7 +78,9 @@ def transformers_runner(config: Config, params: Any, dtype: str) -> Run | None:
     return run
 
 
-def serve_transformers(pipe: Any, config: Config, arrays: dict[str, np.ndarray], dtype: str, device: str) -> None:
+def serve_transformers(
+    pipe: Any, config: Config, arrays: dict[str, np.ndarray], dtype: str, device: str
+) -> None:
     """Answer (prompts, count) with (new ids, seconds) for ever."""
     import torch
     import transformers
@@ -131,7 +133,9 @@ def prefill_rate(run: Run, prompts: list[list[int]], _: int) -> tuple[list[list[
     return ids, sum(map(len, prompts)) / seconds
 
 
-def measure(runners: dict[str, Run], measured: Any, prompts: list[list[int]], count: int, repeats: int) -> dict:
+def measure(
+    runners: dict[str, Run], measured: Any, prompts: list[list[int]], count: int, repeats: int
+) -> dict:
     """Medians in tokens/s by name; the runners take turns, the first round warms up."""
     rates: dict[str, list[float]] = {name: [] for name in runners}
     ids: dict[str, list[list[int]]] = {}
@@ -148,8 +152,12 @@ def measure(runners: dict[str, Run], measured: Any, prompts: list[list[int]], co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--implementation")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
@@ -167,7 +175,12 @@ def main() -> None:
 
     text = tokenizer.encode((Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8"))
     jobs = [
-        (f"decode, batch {b}", decode_rate, [text[40 * i : 40 * i + 16] for i in range(b)], options.new_tokens)
+        (
+            f"decode, batch {b}",
+            decode_rate,
+            [text[40 * i : 40 * i + 16] for i in range(b)],
+            options.new_tokens,
+        )
         for b in options.batch
     ]
     jobs += [(f"prefill, {n} tokens", prefill_rate, [text[:n]], 1) for n in options.prefill]
@@ -175,7 +188,9 @@ def main() -> None:
     show(results, list(runners))
     if options.json:
         machine = dict(device=str(jax.devices()[0]), processor=platform.processor(), jax=jax.__version__)
-        options.json.write_text(json.dumps({"machine": machine, "dtype": options.dtype, "results": results}, indent=1))
+        options.json.write_text(
+            json.dumps({"machine": machine, "dtype": options.dtype, "results": results}, indent=1)
+        )
 
 
 def show(results: dict, names: list[str]) -> None:

@@ -104,7 +104,9 @@ PAGED = [
     PagedCase("softcap", *MIXED, options=dict(softcap=2.0)),
     PagedCase("scale", *MIXED, options=dict(scale=0.6)),
     PagedCase("sinks", *MIXED, sinks=True, padding=3),
-    PagedCase("everything", *MIXED, padding=4, options=dict(window=60, softcap=4.0, max_q_len=40), sinks=True),
+    PagedCase(
+        "everything", *MIXED, padding=4, options=dict(window=60, softcap=4.0, max_q_len=40), sinks=True
+    ),
 ]
 
 
@@ -139,7 +141,9 @@ def plain_attention(q, k, v, seen, *, sinks=None, scale=None, softcap=None):
     """Attention as one writes it down, every array in q's dtype; seen [B,T,S]. The measure for rounding error."""
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    s = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
+    s = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(
+        q.shape[-1] ** -0.5 if scale is None else scale, q.dtype
+    )
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
     s = jnp.where(seen[:, None], s, -jnp.inf)

@@ -19,13 +19,21 @@ def run(case, inputs, cotangents, implementation):
 
     def op(moving):
         return flash_attention(
-            **{"sinks": None, **moving}, **fixed, **case.options, return_lse=True, implementation=implementation
+            **{"sinks": None, **moving},
+            **fixed,
+            **case.options,
+            return_lse=True,
+            implementation=implementation,
         )
 
     @jax.jit
     def everything(moving, cotangents):
         (out, lse), pull = jax.vjp(op, moving)
-        return out, lse, pull((cotangents[0].astype(out.dtype), jnp.where(jnp.isfinite(lse), cotangents[1], 0.0)))
+        return (
+            out,
+            lse,
+            pull((cotangents[0].astype(out.dtype), jnp.where(jnp.isfinite(lse), cotangents[1], 0.0))),
+        )
 
     return jax.tree.leaves(everything(moving, cotangents))
 
@@ -44,7 +52,9 @@ def test_float32_equals_the_oracle(case, implementation, rng):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
-LOW = [case for case in FLASH if case.name in ("causal_longer_keys", "full", "window_pair", "sinks", "segments")]
+LOW = [
+    case for case in FLASH if case.name in ("causal_longer_keys", "full", "window_pair", "sinks", "segments")
+]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -83,7 +93,9 @@ def seen_keys(case, inputs):
         seen &= (distance >= -left) & (distance <= right)
     seen = np.broadcast_to(seen, (b, t, s))
     if case.segments:
-        seen = seen & (np.asarray(inputs["q_segment_ids"])[:, :, None] == np.asarray(inputs["kv_segment_ids"])[:, None])
+        seen = seen & (
+            np.asarray(inputs["q_segment_ids"])[:, :, None] == np.asarray(inputs["kv_segment_ids"])[:, None]
+        )
     return jnp.asarray(seen)
 
 
@@ -102,7 +114,9 @@ def test_adversarial_scores(kind, implementation, rng):
     grads = {}
     for name in (implementation, "reference"):
         op = jax.value_and_grad(
-            lambda q, k, v, name=name: jnp.sum(flash_attention(q, k, v, causal=True, implementation=name) ** 2),
+            lambda q, k, v, name=name: jnp.sum(
+                flash_attention(q, k, v, causal=True, implementation=name) ** 2
+            ),
             argnums=(0, 1, 2),
         )
         grads[name] = jax.tree.leaves(jax.jit(op)(q, k, v))
@@ -157,7 +171,9 @@ def test_forward_mode_and_second_derivatives(rng):
     np.testing.assert_allclose(*tangent, rtol=1e-4)
     twice = [jax.jvp(jax.grad(op(name)), (q,), (v,))[1] for name in ("xla", "reference")]
     np.testing.assert_allclose(*twice, rtol=1e-3, atol=1e-5)
-    backwards = [jax.grad(lambda x, f=op(name): jnp.sum(jax.grad(f)(x) * v))(q) for name in ("xla", "reference")]
+    backwards = [
+        jax.grad(lambda x, f=op(name): jnp.sum(jax.grad(f)(x) * v))(q) for name in ("xla", "reference")
+    ]
     np.testing.assert_allclose(*backwards, rtol=1e-3, atol=1e-5)
 
 
@@ -197,7 +213,10 @@ BAD = [
     ("sinks", dict(sinks=jnp.ones(4, jnp.int32))),
     ("q_segment_ids", dict(kv_segment_ids=jnp.zeros((2, 7), jnp.int32))),
     ("kv_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5), jnp.int32))),
-    ("kv_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5), jnp.int32), kv_segment_ids=jnp.zeros((2, 6), int))),
+    (
+        "kv_segment_ids",
+        dict(q_segment_ids=jnp.zeros((2, 5), jnp.int32), kv_segment_ids=jnp.zeros((2, 6), int)),
+    ),
     ("q_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5)), kv_segment_ids=jnp.zeros((2, 7), jnp.int32))),
     ("implementation", dict(implementation="triton")),
 ]

@@ -216,7 +216,10 @@ def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids):
     checks.check_positive_int("max_new_tokens", max_new_tokens)
     checks.require(len(prompts) > 0, "prompts", "none", "at least one")
     checks.require(
-        len(prompts) <= kv.max_seqs, "prompts", f"{len(prompts)} prompts", f"at most the store's {kv.max_seqs} rows"
+        len(prompts) <= kv.max_seqs,
+        "prompts",
+        f"{len(prompts)} prompts",
+        f"at most the store's {kv.max_seqs} rows",
     )
     for i, prompt in enumerate(prompts):
         checks.require(len(prompt) > 0, f"prompts[{i}]", "no tokens", "at least one token long")

@@ -37,7 +37,10 @@ class Sampling:
         checks.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         checks.require(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and below 2**32")
         return Sampling(
-            jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), jnp.uint32(self.seed)
+            jnp.float32(self.temperature),
+            jnp.int32(self.top_k),
+            jnp.float32(self.top_p),
+            jnp.uint32(self.seed),
         )
 
 

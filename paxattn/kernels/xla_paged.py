@@ -56,7 +56,9 @@ def paged_attention(
     work = _cut(kv_lens, cu_q_lens, num_tokens, sizes.tile, max_q_len)
     k_pages, v_pages, page_table = _split_large_pages(k_pages, v_pages, page_table, sizes.block)
     table = page_table[work.row]
-    q_tiles = q[jnp.minimum(work.token, num_tokens - 1)].reshape(*work.token.shape, kv_heads, heads // kv_heads, head_dim)
+    q_tiles = q[jnp.minimum(work.token, num_tokens - 1)].reshape(
+        *work.token.shape, kv_heads, heads // kv_heads, head_dim
+    )
     per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
 
     def attend(group):
@@ -104,6 +106,8 @@ def _stream(q_tiles, k_pages, v_pages, table, position, block, left, scale, soft
         return online_softmax.update(state, s, v.astype(q_tiles.dtype))
 
     state = online_softmax.init(q_tiles, v_pages)
+    if table.shape[1] <= pages_per_block:
+        return visit(0, state)
     return lax.fori_loop(0, jnp.max(stop - start, initial=0), visit, state)
 
 
@@ -128,7 +132,9 @@ def _first(position: Array) -> Array:
     return jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position).min(axis=1)
 
 
-def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array, block: int) -> tuple[Array, Array, Array]:
+def _split_large_pages(
+    k_pages: Array, v_pages: Array, page_table: Array, block: int
+) -> tuple[Array, Array, Array]:
     """A page larger than a block is read as several smaller ones, where its size allows."""
     num_pages, page_size, *head = k_pages.shape
     parts = tiles.cdiv(page_size, block)
@@ -139,7 +145,11 @@ def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array, block:
     table = page_table[:, :, None] * parts + jnp.arange(parts)[None, None, :]
     split = (num_pages * parts, page_size // parts)
     v_head = v_pages.shape[2:]
-    return k_pages.reshape(*split, *head), v_pages.reshape(*split, *v_head), table.reshape(len(page_table), -1)
+    return (
+        k_pages.reshape(*split, *head),
+        v_pages.reshape(*split, *v_head),
+        table.reshape(len(page_table), -1),
+    )
 
 
 def _gather(k_pages, v_pages, table, first_page, count, reach):
