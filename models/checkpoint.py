@@ -65,9 +65,6 @@ def restore(folder: Path, dtype: Any) -> tuple[PureDecoder, nnx.State, Tokenizer
 def _arrays(path: Path, config: Config, dtype: Any) -> dict[str, jax.Array]:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = weights.flatten(abstract(config, dtype)[1])
-    wanted = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=device)
-        for name, shape in shapes.items()
-    }
+    wanted = {name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=device) for name, shape in shapes.items()}
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, wanted)

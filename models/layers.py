@@ -16,8 +16,11 @@ def weight(rngs: nnx.Rngs, *shape: int, dtype: Any) -> nnx.Param:
 
 
 def matmul(x: Array, weight: nnx.Param) -> Array:
-    """[T,I] and [...,O,I] -> [T,O], the weight's leading axes in O."""
-    return jnp.einsum("ti,oi->to", x, weight[...].reshape(-1, x.shape[-1]))
+    """[T,I] and [...,O,I] -> [T,O], the weight's leading axes in O.
+
+    The weight goes first, as the larger operand: on a CPU, XLA reads it faster so.
+    """
+    return jnp.einsum("oi,ti->ot", weight[...].reshape(-1, x.shape[-1]), x).T
 
 
 class RMSNorm(nnx.Module):

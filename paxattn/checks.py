@@ -91,6 +91,4 @@ def check_sinks(sinks: Any, num_heads: int) -> None:
 
 def check_groups(num_heads: int, num_kv_heads: int, name: str) -> None:
     whole = num_kv_heads > 0 and num_heads % num_kv_heads == 0
-    require(
-        whole, name, f"{num_kv_heads} KV heads for {num_heads} query heads", "a divisor of the query heads"
-    )
+    require(whole, name, f"{num_kv_heads} KV heads for {num_heads} query heads", "a divisor of the query heads")

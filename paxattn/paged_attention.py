@@ -70,9 +70,7 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def _check(
-    q: Any, pages: Any, page_table: Any, kv_lens: Any, cu_q_lens: Any, sinks: Any, max_q_len: Any
-) -> None:
+def _check(q: Any, pages: Any, page_table: Any, kv_lens: Any, cu_q_lens: Any, sinks: Any, max_q_len: Any) -> None:
     checks.check_rank("q", q, "T H D")
     checks.check_float("q", q)
     checks.require(isinstance(pages, KVPages), "pages", type(pages).__name__, "KVPages")

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def flash_attention(
-    q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, right, scale, softcap, deterministic
-):
+def flash_attention(q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, right, scale, softcap, deterministic):
     """[B,T,H,D], [B,S,K,D], [B,S,K,Dv] -> [B,T,H,Dv], lse [B,H,T]; arguments as in paxattn.flash_attention."""
     del deterministic
     batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
@@ -21,12 +19,10 @@ def flash_attention(
     return one(q, k, v, seen)
 
 
-def paged_attention(
-    q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len
-):
+def paged_attention(q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len):
     """[T,H,D] and pages [N,P,K,D] -> [T,H,D], lse [H,T]; arguments as in paxattn.paged_attention."""
     del max_q_len
-    num_pages, page_size, kv_heads, head_dim = k_pages.shape
+    page_size = k_pages.shape[1]
     capacity = page_table.shape[1] * page_size
     slot = jnp.arange(capacity)
 

@@ -78,9 +78,7 @@ def transformers_runner(config: Config, params: Any, dtype: str) -> Run | None:
     return run
 
 
-def serve_transformers(
-    pipe: Any, config: Config, arrays: dict[str, np.ndarray], dtype: str, device: str
-) -> None:
+def serve_transformers(pipe: Any, config: Config, arrays: dict[str, np.ndarray], dtype: str, device: str) -> None:
     """Answer (prompts, count) with (new ids, seconds) for ever."""
     import torch
     import transformers
@@ -133,9 +131,7 @@ def prefill_rate(run: Run, prompts: list[list[int]], _: int) -> tuple[list[list[
     return ids, sum(map(len, prompts)) / seconds
 
 
-def measure(
-    runners: dict[str, Run], measured: Any, prompts: list[list[int]], count: int, repeats: int
-) -> dict:
+def measure(runners: dict[str, Run], measured: Any, prompts: list[list[int]], count: int, repeats: int) -> dict:
     """Medians in tokens/s by name; the runners take turns, the first round warms up."""
     rates: dict[str, list[float]] = {name: [] for name in runners}
     ids: dict[str, list[list[int]]] = {}
@@ -152,12 +148,8 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--implementation")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
@@ -174,7 +166,7 @@ def main() -> None:
         runners["transformers"] = peer
 
     text = tokenizer.encode((Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8"))
-    jobs = [
+    jobs: list[tuple[str, Any, list[list[int]], int]] = [
         (
             f"decode, batch {b}",
             decode_rate,
@@ -184,13 +176,11 @@ def main() -> None:
         for b in options.batch
     ]
     jobs += [(f"prefill, {n} tokens", prefill_rate, [text[:n]], 1) for n in options.prefill]
-    results = {name: measure(runners, *job, options.repeats) for name, *job in jobs}
+    results = {name: measure(runners, rate, prompts, count, options.repeats) for name, rate, prompts, count in jobs}
     show(results, list(runners))
     if options.json:
         machine = dict(device=str(jax.devices()[0]), processor=platform.processor(), jax=jax.__version__)
-        options.json.write_text(
-            json.dumps({"machine": machine, "dtype": options.dtype, "results": results}, indent=1)
-        )
+        options.json.write_text(json.dumps({"machine": machine, "dtype": options.dtype, "results": results}, indent=1))
 
 
 def show(results: dict, names: list[str]) -> None:

@@ -19,28 +19,24 @@ from models.load import Loaded, load
 from models.smollm2 import FetchError, cache_folder
 from models.tokenizer import TextStream, Tokenizer
 
-STORES = {"paged": paxattn.PagedKV, "contiguous": paxattn.ContiguousKV, "blockwise": paxattn.BlockwiseKV}
+STORES: dict[str, Any] = {
+    "paged": paxattn.PagedKV,
+    "contiguous": paxattn.ContiguousKV,
+    "blockwise": paxattn.BlockwiseKV,
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to continue (stdin where neither is given)")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue")
-    source.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='JSON lines with a "prompt", run as one batch'
-    )
+    source.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines with a "prompt", run as one batch')
     what.add_argument("--chat", action="store_true", help="put the prompt to the model as a user's message")
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)"
-    )
-    model.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="restored from, or written on the first run"
-    )
+    model.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)")
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="restored from, or written on the first run")
     model.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     model.add_argument("--kv", choices=STORES, default="paged", help="the KV store (default: %(default)s)")
     model.add_argument("--implementation", help="of attention: xla, mosaic_gpu, mosaic_tpu or reference")

@@ -54,7 +54,7 @@ FLASH = [
 
 def flash_inputs(case: FlashCase, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
     b, t, s, h, k, d, dv = case.shape
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     inputs = dict(q=normal(b, t, h, d), k=normal(b, s, k, d), v=normal(b, s, k, dv))
     inputs["sinks"] = jnp.asarray(rng.normal(size=h), jnp.float32) if case.sinks else None
     if case.segments:
@@ -104,9 +104,7 @@ PAGED = [
     PagedCase("softcap", *MIXED, options=dict(softcap=2.0)),
     PagedCase("scale", *MIXED, options=dict(scale=0.6)),
     PagedCase("sinks", *MIXED, sinks=True, padding=3),
-    PagedCase(
-        "everything", *MIXED, padding=4, options=dict(window=60, softcap=4.0, max_q_len=40), sinks=True
-    ),
+    PagedCase("everything", *MIXED, padding=4, options=dict(window=60, softcap=4.0, max_q_len=40), sinks=True),
 ]
 
 
@@ -141,9 +139,7 @@ def plain_attention(q, k, v, seen, *, sinks=None, scale=None, softcap=None):
     """Attention as one writes it down, every array in q's dtype; seen [B,T,S]. The measure for rounding error."""
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    s = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(
-        q.shape[-1] ** -0.5 if scale is None else scale, q.dtype
-    )
+    s = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
     s = jnp.where(seen[:, None], s, -jnp.inf)

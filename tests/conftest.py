@@ -9,14 +9,14 @@ from jaxtyping import install_import_hook
 TYPED = ("paxattn.flash_attention", "paxattn.paged_attention", "paxattn.kernels")
 install_import_hook(TYPED, "beartype.beartype")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
-import paxattn  # noqa: E402
-from models import decoder  # noqa: E402
-from models.config import Config  # noqa: E402
+import paxattn
+from models import decoder
+from models.config import Config
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

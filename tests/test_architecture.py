@@ -27,9 +27,7 @@ ALLOWED = {
     "paxattn/engine": ("paxattn.checks", "paxattn.kv", "paxattn.engine"),
     "models": ("models",),
 }
-FILES = [
-    path.relative_to(ROOT) for top in ("paxattn", "models") for path in sorted((ROOT / top).rglob("*.py"))
-]
+FILES = [path.relative_to(ROOT) for top in ("paxattn", "models") for path in sorted((ROOT / top).rglob("*.py"))]
 
 
 def imported(path):
@@ -46,9 +44,7 @@ def test_imports_go_one_way(path):
     place = max((p for p in ALLOWED if path.as_posix() == p or path.is_relative_to(p)), key=len)
     for name in imported(path):
         if name.split(".")[0] in ("paxattn", "models", "scripts", "tests"):
-            assert any(name == to or name.startswith(to + ".") for to in ALLOWED[place]), (
-                f"{path} imports {name}"
-            )
+            assert any(name == to or name.startswith(to + ".") for to in ALLOWED[place]), f"{path} imports {name}"
 
 
 def test_kernels_import_only_jax_besides():

@@ -52,9 +52,7 @@ def test_float32_equals_the_oracle(case, implementation, rng):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
-LOW = [
-    case for case in FLASH if case.name in ("causal_longer_keys", "full", "window_pair", "sinks", "segments")
-]
+LOW = [case for case in FLASH if case.name in ("causal_longer_keys", "full", "window_pair", "sinks", "segments")]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -93,9 +91,7 @@ def seen_keys(case, inputs):
         seen &= (distance >= -left) & (distance <= right)
     seen = np.broadcast_to(seen, (b, t, s))
     if case.segments:
-        seen = seen & (
-            np.asarray(inputs["q_segment_ids"])[:, :, None] == np.asarray(inputs["kv_segment_ids"])[:, None]
-        )
+        seen = seen & (np.asarray(inputs["q_segment_ids"])[:, :, None] == np.asarray(inputs["kv_segment_ids"])[:, None])
     return jnp.asarray(seen)
 
 
@@ -114,9 +110,7 @@ def test_adversarial_scores(kind, implementation, rng):
     grads = {}
     for name in (implementation, "reference"):
         op = jax.value_and_grad(
-            lambda q, k, v, name=name: jnp.sum(
-                flash_attention(q, k, v, causal=True, implementation=name) ** 2
-            ),
+            lambda q, k, v, name=name: jnp.sum(flash_attention(q, k, v, causal=True, implementation=name) ** 2),
             argnums=(0, 1, 2),
         )
         grads[name] = jax.tree.leaves(jax.jit(op)(q, k, v))
@@ -134,9 +128,7 @@ def test_rows_with_nothing_to_see(implementation):
     for sinks in (None, jnp.ones(2)):
 
         def op(q, k, v, sinks=sinks):
-            return flash_attention(
-                q, k, v, causal=True, sinks=sinks, return_lse=True, implementation=implementation
-            )
+            return flash_attention(q, k, v, causal=True, sinks=sinks, return_lse=True, implementation=implementation)
 
         (out, lse), pull = jax.vjp(op, q, k, v)
         assert (out[:, :3] == 0).all()
@@ -150,7 +142,7 @@ def test_rows_with_nothing_to_see(implementation):
 
 def test_works_under_vmap_checkpoint_scan_and_shard_map(rng):
     q, k, v = (jnp.asarray(rng.normal(size=(3, 2, 40, 2, 8)), jnp.float32) for _ in range(3))
-    one = lambda q, k, v: flash_attention(q, k, v, causal=True, implementation="xla")  # noqa: E731
+    one = lambda q, k, v: flash_attention(q, k, v, causal=True, implementation="xla")
     want = jnp.stack([one(*x) for x in zip(q, k, v, strict=True)])
     np.testing.assert_allclose(jax.vmap(one)(q, k, v), want, rtol=1e-5, atol=1e-5)
     scanned = jax.lax.scan(lambda _, x: (None, jax.checkpoint(one)(*x)), None, (q, k, v))[1]
@@ -171,9 +163,7 @@ def test_forward_mode_and_second_derivatives(rng):
     np.testing.assert_allclose(*tangent, rtol=1e-4)
     twice = [jax.jvp(jax.grad(op(name)), (q,), (v,))[1] for name in ("xla", "reference")]
     np.testing.assert_allclose(*twice, rtol=1e-3, atol=1e-5)
-    backwards = [
-        jax.grad(lambda x, f=op(name): jnp.sum(jax.grad(f)(x) * v))(q) for name in ("xla", "reference")
-    ]
+    backwards = [jax.grad(lambda x, name=name: jnp.sum(jax.grad(op(name))(x) * v))(q) for name in ("xla", "reference")]
     np.testing.assert_allclose(*backwards, rtol=1e-3, atol=1e-5)
 
 

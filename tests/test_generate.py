@@ -156,7 +156,7 @@ def test_draws_follow_the_softmax_of_temperature():
 
 def test_top_k_and_top_p_keep_what_they_say():
     logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]]))
-    kept = lambda **options: set(np.asarray(draw(logits, 3000, temperature=1.0, **options)).ravel().tolist())  # noqa: E731
+    kept = lambda **options: set(np.asarray(draw(logits, 3000, temperature=1.0, **options)).ravel().tolist())
     assert kept() == {0, 1, 2, 3}
     assert kept(top_k=2) == {0, 1}
     assert kept(top_k=100) == {0, 1, 2, 3}

@@ -91,9 +91,7 @@ def test_any_program_agrees_with_the_model(program):
     for name, argument in program:
         before = list(model.lens)
         if name in ("reserve", "grow"):
-            want = (
-                argument if name == "reserve" else [n + a for n, a in zip(model.lens, argument, strict=True)]
-            )
+            want = argument if name == "reserve" else [n + a for n, a in zip(model.lens, argument, strict=True)]
             device.table, ok = reserve(device.table, jnp.asarray(want, jnp.int32))
             assert ok.tolist() == model.reserve(want)
             stamp = write(model, device, before, stamp)

@@ -13,9 +13,7 @@ IMPLEMENTATIONS = ["xla"]
 
 def run(case, inputs, implementation):
     op = jax.jit(
-        lambda inputs: paged_attention(
-            **inputs, **case.options, return_lse=True, implementation=implementation
-        )
+        lambda inputs: paged_attention(**inputs, **case.options, return_lse=True, implementation=implementation)
     )
     return op(inputs)
 

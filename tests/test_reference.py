@@ -45,14 +45,9 @@ SMALL = [case for case in FLASH if case.name != "full"]
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_reference_equals_the_definition(case, rng):
     b, t, s, *rest = case.shape
-    small = type(case)(
-        case.name, (b, min(t, 1 + t // 30), 1 + s // 30, *rest), case.options, case.sinks, case.segments
-    )
+    small = type(case)(case.name, (b, min(t, 1 + t // 30), 1 + s // 30, *rest), case.options, case.sinks, case.segments)
     inputs = flash_inputs(small, rng, jnp.float32)
-    exact = [
-        None if x is None else np.asarray(x, np.float64)
-        for x in (inputs[n] for n in ("q", "k", "v", "sinks"))
-    ]
+    exact = [None if x is None else np.asarray(x, np.float64) for x in (inputs[n] for n in ("q", "k", "v", "sinks"))]
     segments = [inputs.get(n) for n in ("q_segment_ids", "kv_segment_ids")]
     segments = [None if x is None else np.asarray(x) for x in segments]
     out, lse = flash_attention(**inputs, **case.options, return_lse=True, implementation="reference")

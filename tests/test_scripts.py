@@ -10,9 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GOLDENS = {
     one["name"]: one
-    for one in json.loads((ROOT / "tests" / "goldens" / "smollm2.json").read_text(encoding="utf-8"))[
-        "prompts"
-    ]
+    for one in json.loads((ROOT / "tests" / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
 }
 
 
@@ -38,9 +36,7 @@ def test_chat_from_stdin():
 def test_a_batch_of_prompts_as_json_lines(tmp_path):
     golden = [GOLDENS[name] for name in ("chat04", "raw04", "raw13")]
     file = tmp_path / "prompts.jsonl"
-    file.write_text(
-        "\n".join(json.dumps({"prompt": one["prompt"]}) for one in golden) + "\n\n", encoding="utf-8"
-    )
+    file.write_text("\n".join(json.dumps({"prompt": one["prompt"]}) for one in golden) + "\n\n", encoding="utf-8")
     done = run("--prompts", file, "--json", "--kv", "blockwise", "--max-new-tokens", 64)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["out_ids"] for line in lines] == [one["out_ids"] for one in golden]

@@ -100,9 +100,7 @@ def test_the_tokenizer_reproduces_every_string_both_ways(smollm2):
     tokens = smollm2[2]
     for golden in GOLDENS["tokenizer"]:
         assert tokens.encode(golden["text"]) == golden["ids"], golden["text"]
-        assert tokens.encode(golden["text"], parse_special=False) == golden["ids_without_special"], golden[
-            "text"
-        ]
+        assert tokens.encode(golden["text"], parse_special=False) == golden["ids_without_special"], golden["text"]
         assert tokens.decode(golden["ids"]) == golden["text"]
         assert tokens.continuation([], golden["ids_without_special"]) == golden["text"]
     for golden in GOLDENS["prompts"]:

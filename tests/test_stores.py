@@ -115,7 +115,7 @@ def test_bad_sizes_are_named(kind, name):
 def test_a_fork_goes_on_by_itself_and_shares_what_is_full(tiny):
     model, params = tiny
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    create = lambda rows: PagedKV.create(  # noqa: E731
+    create = lambda rows: PagedKV.create(
         2, 2, 16, max_seqs=rows, max_len=32, page_size=4, num_pages=8, dtype=jnp.float32
     )
 

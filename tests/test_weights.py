@@ -181,7 +181,7 @@ def test_rope_scaling_of_llama_3(tmp_path, arrays):
         (dict(hidden_act="gelu"), "hidden_act"),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn"),
         (dict(rope_scaling={"rope_type": "llama3"}), "original_max_position_embeddings"),
-        (dict(intermediate_size=79), "mlp.gate: the file has shape"),
+        (dict(intermediate_size=79), "mlp.down: the file has shape"),
         (dict(num_hidden_layers=3), "model.layers.2"),
         (dict(num_attention_heads="six"), "damaged or not supported"),
         (dict(vocab_size=0), "vocab_size"),
@@ -223,9 +223,7 @@ def test_gguf_files_that_cannot_be_used_say_why(tmp_path, arrays):
             load.load(path, jnp.float32)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_checkpoint_gives_the_same_model_without_the_source(tmp_path, arrays):
     folder = write_folder(tmp_path / "model", arrays)
     saved = tmp_path / "deep" / "checkpoint"
@@ -239,9 +237,7 @@ def test_a_checkpoint_gives_the_same_model_without_the_source(tmp_path, arrays):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["checkpoint"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "special.json", "params"])
 def test_a_damaged_checkpoint_says_so(tmp_path, arrays, name):
     saved = tmp_path / "checkpoint"

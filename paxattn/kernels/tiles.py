@@ -17,9 +17,7 @@ def in_window(q_pos: Array, kv_pos: Array, left: int | None, right: int | None) 
     return seen
 
 
-def block_in_window(
-    q_lo: Array, q_hi: Array, kv_lo: Array, kv_hi: Array, left: int | None, right: int | None
-):
+def block_in_window(q_lo: Array, q_hi: Array, kv_lo: Array, kv_hi: Array, left: int | None, right: int | None):
     """Whether any query of [q_lo, q_hi) sees any key of [kv_lo, kv_hi)."""
     live = jnp.asarray(True)
     if left is not None:

@@ -132,9 +132,7 @@ def _first(position: Array) -> Array:
     return jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position).min(axis=1)
 
 
-def _split_large_pages(
-    k_pages: Array, v_pages: Array, page_table: Array, block: int
-) -> tuple[Array, Array, Array]:
+def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array, block: int) -> tuple[Array, Array, Array]:
     """A page larger than a block is read as several smaller ones, where its size allows."""
     num_pages, page_size, *head = k_pages.shape
     parts = tiles.cdiv(page_size, block)

@@ -40,9 +40,7 @@ class KVPages:
         return self.k.shape[3]
 
 
-def init_pages(
-    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.bfloat16
-) -> KVPages:
+def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.bfloat16) -> KVPages:
     """Empty pages for one layer.
 
     Raises:
@@ -57,9 +55,7 @@ def init_pages(
     return KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def write_pages(
-    pages: KVPages, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, "T"]
-) -> KVPages:
+def write_pages(pages: KVPages, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, "T"]) -> KVPages:
     """Write T tokens; in place where `pages` is donated.
 
     Args:

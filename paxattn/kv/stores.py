@@ -1,8 +1,8 @@
 """KV stores: the pages of all layers and who owns them, behind one `attend`.
 
 A step of any model is `store, ok = store.extend(q_lens, T)`, which finds room for the step's tokens,
-`out, store = store.attend(layer, q, k, v)` in each layer, and `store = store.end_step()`. The three stores that keep anything differ only in how
-they allot pages to rows:
+`out, store = store.attend(layer, q, k, v)` in each layer, and `store = store.end_step()`. The three stores that keep
+anything differ only in how they allot pages to rows:
 
 - ContiguousKV: a row is one stretch of memory of the full length.
 - BlockwiseKV: a row is a fixed run of blocks; attention visits the blocks that are filled.
@@ -47,6 +47,7 @@ class Batch:
     max_q_len: int | None = field(metadata=_STATIC)
 
 
+@dataclass(frozen=True)
 class _Store:
     """What the stores share; a subclass has the fields layers, batch, implementation and allots pages."""
 
@@ -89,9 +90,7 @@ class _Store:
         checks.check_ints("q_lens", q_lens, (self.max_seqs,), "R")
         before = self.lens
         store, ok = self._grow(before + q_lens)
-        batch = _lay_out(
-            store.page_table, before, q_lens, ok, self.layers[0].page_size, num_tokens, max_q_len
-        )
+        batch = _lay_out(store.page_table, before, q_lens, ok, self.layers[0].page_size, num_tokens, max_q_len)
         return replace(store, batch=batch), ok
 
     def attend(
@@ -224,9 +223,7 @@ class _RowsKV(_Store):
         return replace(self, row_lens=jnp.where(mask, 0, self.row_lens))
 
     @classmethod
-    def _create(
-        cls, num_layers, num_kv_heads, head_dim, max_seqs, page_size, pages_per_seq, dtype, implementation
-    ):
+    def _create(cls, num_layers, num_kv_heads, head_dim, max_seqs, page_size, pages_per_seq, dtype, implementation):
         return cls(
             layers=_layers(num_layers, max_seqs * pages_per_seq, page_size, num_kv_heads, head_dim, dtype),
             row_lens=jnp.zeros(max_seqs, jnp.int32),
@@ -276,9 +273,7 @@ class BlockwiseKV(_RowsKV):
     ) -> "BlockwiseKV":
         _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len, block_size=block_size)
         blocks = -(-max_len // block_size)
-        return cls._create(
-            num_layers, num_kv_heads, head_dim, max_seqs, block_size, blocks, dtype, implementation
-        )
+        return cls._create(num_layers, num_kv_heads, head_dim, max_seqs, block_size, blocks, dtype, implementation)
 
 
 @jax.tree_util.register_dataclass
@@ -323,9 +318,7 @@ def _lay_out(page_table, before, q_lens, ok, page_size, num_tokens, max_q_len) -
     """Where the packed tokens of rows that held `before` tokens belong."""
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(q_lens, dtype=jnp.int32)])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    rows = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right"), len(before) - 1).astype(
-        jnp.int32
-    )
+    rows = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right"), len(before) - 1).astype(jnp.int32)
     written = (token < cu_q_lens[-1]) & ok[rows]
     positions = jnp.where(written, before[rows] + token - cu_q_lens[rows], 0)
     page = page_table[rows, positions // page_size]
