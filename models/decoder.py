@@ -44,6 +44,10 @@ class PureDecoder:
     config: Config
     graph: nnx.GraphDef
 
+    def __hash__(self) -> int:
+        # jit hashes its static arguments at every call, and to hash a graph is to walk it.
+        return hash(self.config)
+
     def __call__(self, params: Any, tokens: Array, positions: Array, kv: Any) -> tuple[Array, Any]:
         return nnx.merge(self.graph, params)(tokens, positions, kv)
 

@@ -73,7 +73,7 @@ def test_rows_that_find_no_page_keep_what_they_have(tiny, rng):
     store = PagedKV.create(2, 2, 16, max_seqs=3, max_len=32, page_size=4, num_pages=4, dtype=jnp.float32)
     prompts = prompts_of(rng, (4, 5, 9))
     got = generate(model, params, store, prompts, max_new_tokens=6)
-    assert [one.reason for one in got] == ["no_room", "length", "no_room"] or got[2].reason == "no_room"
+    assert [one.reason for one in got] == ["no_room"] * 3
     for one, prompt in zip(got, prompts, strict=True):
         assert one.ids == greedy_by_definition((model, params), prompt, 6)[: len(one.ids)]
 
@@ -104,11 +104,11 @@ def test_warmup_compiles_all_that_stream_needs(tiny, new_store, rng, compilation
     assert compiled == []
 
 
-def test_buckets_are_at_least_sixteen_and_waste_at_most_a_quarter():
+def test_buckets_are_at_least_sixteen_and_waste_little_more_than_a_quarter():
     for n in range(1, 5000):
         bucket = _bucket(n)
         assert n <= bucket
-        assert bucket <= max(16, 1.25 * n + 1) or bucket <= 80
+        assert bucket <= 1.25 * n + 16
     assert len({_bucket(n) for n in range(1, 8193)}) < 40
 
 

@@ -161,7 +161,7 @@ def test_inside_a_while_loop_with_donation():
         return jax.lax.while_loop(lambda table: table.num_free > 1, body, table)
 
     table = jax.jit(loop, donate_argnums=0)(table)
-    assert table.lens.tolist() == [5, 5, 3] or int(table.num_free) <= 1
+    assert table.lens.tolist() == [5, 5, 4]
 
 
 @pytest.mark.parametrize("name", ["num_pages", "page_size", "max_seqs", "max_pages_per_seq"])

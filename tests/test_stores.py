@@ -143,13 +143,14 @@ def test_a_fork_goes_on_by_itself_and_shares_what_is_full(tiny):
         np.testing.assert_allclose(forked[row], hidden[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("function", ["_prefill", "_step", "_loop"])
-def test_no_copy_of_a_page_array_stands_in_the_compiled_step(function, new_store, tiny):
+def test_no_copy_of_a_page_array_stands_in_the_compiled_step(function, rows, new_store, tiny):
     """In-place: neither in the HLO, nor as temporary memory."""
     model, params = tiny
-    store = new_store(TINY, max_seqs=3, max_len=2048)
+    store = new_store(TINY, max_seqs=rows, max_len=6144 // rows)
     size = store.layers[0].k.size
-    tokens, q_lens, sampling, rule = engine._prepare(store, [[1, 2, 3], [4]], 5, Sampling(), ())
+    tokens, q_lens, sampling, rule = engine._prepare(store, [[1, 2, 3], [4]][:rows], 5, Sampling(), ())
     prefill = engine._prefill.lower(model, params, sampling, rule, store, tokens, q_lens)
     lowered = {
         "_prefill": lambda: prefill,

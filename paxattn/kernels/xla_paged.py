@@ -14,6 +14,7 @@ from jax import Array, lax
 from paxattn.kernels import online_softmax, tiles
 
 Q_TILE = 128
+CPU_BLOCK = 128
 LONGEST_BLOCK = 512
 
 
@@ -34,7 +35,7 @@ class Sizes(NamedTuple):
         mean = tiles.cdiv(num_tokens, rows)
         tile = min(Q_TILE, 1 << (mean - 1).bit_length(), max_q_len or Q_TILE)
         if jax.default_backend() == "cpu":
-            return cls(tile, max(LONGEST_BLOCK // tile, 128), 128)
+            return cls(tile, CPU_BLOCK, CPU_BLOCK)
         return cls(tile, LONGEST_BLOCK, 4096)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int
 
 from paxattn import checks
@@ -71,14 +71,9 @@ def write_pages(pages: KVPages, k: Float[Array, "T K D"], v: Float[Array, "T K D
     checks.check_shape("k", k, (k.shape[0], *head), "T K D")
     checks.check_shape("v", v, k.shape, "T K D")
     checks.check_ints("slots", slots, (k.shape[0],), "T")
-    beyond = num_pages * page_size
-    slots = jnp.where(slots < 0, beyond, slots)
-
-    def write(into: Array, x: Array) -> Array:
-        flat = into.reshape(beyond, *head)
-        return flat.at[slots].set(x.astype(into.dtype), mode="drop").reshape(into.shape)
-
-    return KVPages(k=write(pages.k, k), v=write(pages.v, v))
+    valid = (slots >= 0) & (slots < num_pages * page_size)
+    at = (slots // page_size, slots % page_size)
+    return KVPages(k=_put(pages.k, at, valid, k), v=_put(pages.v, at, valid, v))
 
 
 def copy_pages(pages: KVPages, src: Int[Array, "F"], dst: Int[Array, "F"]) -> KVPages:
@@ -90,9 +85,18 @@ def copy_pages(pages: KVPages, src: Int[Array, "F"], dst: Int[Array, "F"]) -> KV
     checks.check_rank("src", src, "F")
     checks.check_ints("src", src, src.shape, "F")
     checks.check_ints("dst", dst, src.shape, "F")
-    dst = jnp.where(dst < 0, pages.num_pages, dst)
+    valid = (dst >= 0) & (dst < pages.num_pages)
+    src = jnp.maximum(src, 0)
+    return KVPages(k=_put(pages.k, (dst,), valid, pages.k[src]), v=_put(pages.v, (dst,), valid, pages.v[src]))
 
-    def copy(x: Array) -> Array:
-        return x.at[dst].set(x[jnp.maximum(src, 0)], mode="drop")
 
-    return KVPages(k=copy(pages.k), v=copy(pages.v))
+def _put(into: Array, at: tuple[Array, ...], valid: Array, x: Array) -> Array:
+    """into[at] = x where valid, in place."""
+    x = x.astype(into.dtype)
+    if len(x) > 1:
+        return into.at[(jnp.where(valid, at[0], len(into)), *at[1:])].set(x, mode="drop")
+    # Of a scatter of one row XLA makes a select over all pages, and without the barrier it writes once a reader.
+    first = tuple(jnp.where(valid[0], i[0], 0) for i in at)
+    x = jnp.where(valid[0], x[0], into[first])
+    rest = (0,) * (into.ndim - len(at))
+    return lax.optimization_barrier(lax.dynamic_update_slice(into, x[(None,) * len(at)], (*first, *rest)))
