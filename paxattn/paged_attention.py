@@ -34,7 +34,7 @@ def paged_attention(
     Args:
       q: [T,H,D], bfloat16, float16 or float32, the new tokens of all rows packed. Tokens past cu_q_lens[-1]
         give 0 (and lse -inf).
-      pages: one layer's; H is a multiple of its K.
+      pages: one layer's, plain or compressed; H is a multiple of its K.
       page_table: [R,M] ints; entries that kv_lens does not reach are never read.
       kv_lens: [R] ints, the tokens of each row, this step's included.
       cu_q_lens: [R+1] ints, 0 and then the running sum of the rows' new tokens.
@@ -56,8 +56,7 @@ def paged_attention(
         "paged_attention",
         implementation,
         q,
-        pages.k,
-        pages.v,
+        pages,
         jnp.asarray(page_table, jnp.int32),
         jnp.asarray(kv_lens, jnp.int32),
         jnp.asarray(cu_q_lens, jnp.int32),

@@ -19,10 +19,11 @@ def flash_attention(q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, righ
     return one(q, k, v, seen)
 
 
-def paged_attention(q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len):
+def paged_attention(q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len):
     """[T,H,D] and pages [N,P,K,D] -> [T,H,D], lse [H,T]; arguments as in paxattn.paged_attention."""
     del max_q_len
-    page_size = k_pages.shape[1]
+    page_size = pages.k.shape[1]
+    k_pages, v_pages = _decompressed(pages.k, pages.k_scale), _decompressed(pages.v, pages.v_scale)
     capacity = page_table.shape[1] * page_size
     slot = jnp.arange(capacity)
 
@@ -31,15 +32,19 @@ def paged_attention(q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, sinks, 
         row = jnp.clip(row, 0, kv_lens.shape[0] - 1)
         position = kv_lens[row] - cu_q_lens[row + 1] + t
         valid = (slot < kv_lens[row]) & (t < cu_q_lens[-1])
-        page = jnp.where(valid, page_table[row, slot // page_size], 0)
-        k = jnp.where(valid[:, None, None], k_pages[page, slot % page_size], 0)
-        v = jnp.where(valid[:, None, None], v_pages[page, slot % page_size], 0)
         seen = valid & _window(position[None], slot, left, 0)[0]
+        page = jnp.where(seen, page_table[row, slot // page_size], 0)
+        k = jnp.where(seen[:, None, None], k_pages[page, slot % page_size], 0)
+        v = jnp.where(seen[:, None, None], v_pages[page, slot % page_size], 0)
         out, lse = _attention(q[None], k, v, sinks, seen[None], scale, softcap)
         return out[0], lse[:, 0]
 
     out, lse = jax.vmap(one_token)(jnp.arange(q.shape[0]), q)
     return out, lse.T
+
+
+def _decompressed(x, scale):
+    return x if scale is None else x.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
 
 
 def _window(q_pos, kv_pos, left, right):

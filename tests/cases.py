@@ -73,9 +73,15 @@ class PagedCase:
     padding: int = 0  # tokens past cu_q_lens[-1]
     options: dict[str, Any] = field(default_factory=dict)
     sinks: bool = False
+    dropped: bool = False  # pages behind the window are nobody's any more
 
     def __str__(self) -> str:
         return self.name
+
+    def begin(self, row: int) -> int:
+        """The first position that is there."""
+        seen = self.kv_lens[row] - self.q_lens[row] - self.options["window"] + 1 if self.dropped else 0
+        return max(seen, 0) // self.page_size * self.page_size
 
 
 MIXED = ((5, 1, 0, 40, 1, 17), (5, 33, 9, 77, 1, 300))
@@ -101,6 +107,8 @@ PAGED = [
     PagedCase("window", *MIXED, options=dict(window=19)),
     PagedCase("window_pair", *MIXED, options=dict(window=(40, 3))),
     PagedCase("window_decode", (1, 1), (700, 3), options=dict(window=20, max_q_len=1)),
+    PagedCase("window_dropped", *MIXED, options=dict(window=19), dropped=True),
+    PagedCase("window_decode_dropped", (1, 1), (700, 3), options=dict(window=20, max_q_len=1), dropped=True),
     PagedCase("softcap", *MIXED, options=dict(softcap=2.0)),
     PagedCase("scale", *MIXED, options=dict(scale=0.6)),
     PagedCase("sinks", *MIXED, sinks=True, padding=3),
@@ -118,8 +126,9 @@ def paged_inputs(case: PagedCase, rng: np.random.Generator, dtype: Any) -> dict[
     table = rng.choice(np.array([-1, -7, num_pages, 2**31 - 1]), (rows, width)).astype(np.int32)
     k_pages, v_pages = (np.full((num_pages, p, k, d), np.nan, np.float32) for _ in range(2))
     for row, ids in enumerate(owned):
-        table[row, : len(ids)] = ids
-        for at in range(case.kv_lens[row]):
+        behind = case.begin(row) // p
+        table[row, behind : len(ids)] = ids[behind:]
+        for at in range(case.begin(row), case.kv_lens[row]):
             k_pages[ids[at // p], at % p] = rng.normal(size=(k, d))
             v_pages[ids[at // p], at % p] = rng.normal(size=(k, d))
     tokens = sum(case.q_lens)

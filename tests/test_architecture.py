@@ -24,6 +24,8 @@ ALLOWED = {
     "paxattn/kv": ("paxattn.checks", "paxattn.kv", "paxattn.flash_attention", "paxattn.paged_attention"),
     "paxattn/kv/pages.py": ("paxattn.checks",),
     "paxattn/kv/page_table.py": ("paxattn.checks",),
+    "paxattn/kv/prefix.py": ("paxattn.checks",),
+    "paxattn/snapshot.py": ("paxattn.checks",),
     "paxattn/engine": ("paxattn.checks", "paxattn.kv", "paxattn.engine"),
     "models": ("models",),
 }

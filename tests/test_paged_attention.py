@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import PAGED, error, paged_inputs, plain_attention
 
-from paxattn import KVPages, flash_attention, init_pages, paged_attention
+from paxattn import KVPages, flash_attention, init_pages, paged_attention, write_pages
 
 IMPLEMENTATIONS = ["xla"]
 
@@ -58,9 +58,14 @@ def test_the_oracle_equals_dense_attention_row_by_row(case, rng):
 
 
 def dense(inputs, row, kv_len, page_size):
+    """Keys and values of one row, 0 where its pages were dropped."""
     at = np.arange(kv_len)
     page = np.asarray(inputs["page_table"])[row, at // page_size]
-    return (x[page, at % page_size][None] for x in (inputs["pages"].k, inputs["pages"].v))
+    there = (page >= 0) & (page < inputs["pages"].num_pages)
+    return (
+        jnp.where(there[:, None, None], x[np.where(there, page, 0), at % page_size], 0)[None]
+        for x in (inputs["pages"].k, inputs["pages"].v)
+    )
 
 
 LOW = [case for case in PAGED if case.name in ("decode", "prefill")]
@@ -91,6 +96,27 @@ def test_pages_of_another_dtype_than_the_queries(rng):
     want, _ = run(PAGED[0], inputs, "reference")
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, want, atol=0.05)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("case", PAGED, ids=str)
+def test_compressed_pages_equal_the_oracle(case, dtype, implementation, rng):
+    inputs = paged_inputs(case, rng, jnp.float32)
+    plain = inputs["pages"]
+    slots = jnp.arange(plain.num_pages * plain.page_size)
+    empty = init_pages(*plain.k.shape, dtype)
+    tokens = (x.reshape(-1, *x.shape[2:]) for x in (plain.k, plain.v))
+    compressed = write_pages(empty, *tokens, slots)
+    poison = jnp.isnan(plain.k[..., 0])
+    scales = (jnp.where(poison, jnp.nan, x).astype(jnp.bfloat16) for x in (compressed.k_scale, compressed.v_scale))
+    pages = KVPages(compressed.k, compressed.v, *scales)
+    out, lse = run(case, inputs | {"pages": pages}, implementation)
+    want_out, want_lse = run(case, inputs | {"pages": pages}, "reference")
+    np.testing.assert_allclose(out, want_out, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(lse, want_lse, rtol=2e-5, atol=2e-5)
+    exact, _ = run(case, inputs, "reference")
+    assert error(out, exact) < (0.02 if dtype == "int8" else 0.08)
 
 
 def test_int64_lengths_and_tables_are_taken(rng):

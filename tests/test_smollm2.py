@@ -96,6 +96,19 @@ def test_perplexity_agrees(smollm2, cached, implementation):
     assert abs(np.exp(-chosen.mean()) / golden["ppl"] - 1) < 1e-3
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 0.003), ("float8_e4m3fn", 0.015)])
+def test_compressed_pages_hardly_move_the_perplexity(smollm2, dtype, most):
+    golden = GOLDENS["perplexity"][0]
+    ids, c = golden["ids"], smollm2[0].config
+    sizes = dict(max_seqs=1, max_len=len(ids), dtype=dtype)
+    kv = PagedKV.create(c.num_layers, c.num_kv_heads, c.head_dim, **sizes)
+    kv, _ = kv.extend(jnp.asarray([len(ids)]), num_tokens=len(ids))
+    logprobs = jax.nn.log_softmax(score(smollm2, kv, ids))
+    chosen = np.asarray(logprobs[jnp.arange(len(ids) - 1), jnp.asarray(ids[1:])])
+    print(f"perplexity with {dtype}: {np.exp(-chosen.mean()) / golden['ppl'] - 1:+.3%}")
+    assert abs(np.exp(-chosen.mean()) / golden["ppl"] - 1) < most
+
+
 def test_the_tokenizer_reproduces_every_string_both_ways(smollm2):
     tokens = smollm2[2]
     for golden in GOLDENS["tokenizer"]:

@@ -43,7 +43,7 @@ def test_bad_arguments_of_pages_are_named():
     slots = jnp.arange(3)
     for call, name in [
         (lambda: init_pages(0, 4, 1, 2), "num_pages"),
-        (lambda: init_pages(2, 4, 1, 2, jnp.int8), "dtype"),
+        (lambda: init_pages(2, 4, 1, 2, jnp.int4), "dtype"),
         (lambda: write_pages(pages, x[0], x, slots), "k"),
         (lambda: write_pages(pages, jnp.ones((3, 2, 2)), x, slots), "k"),
         (lambda: write_pages(pages, x, x[:2], slots), "v"),
@@ -150,12 +150,12 @@ def test_no_copy_of_a_page_array_stands_in_the_compiled_step(function, rows, new
     model, params = tiny
     store = new_store(TINY, max_seqs=rows, max_len=6144 // rows)
     size = store.layers[0].k.size
-    tokens, q_lens, sampling, rule = engine._prepare(store, [[1, 2, 3], [4]][:rows], 5, Sampling(), ())
-    prefill = engine._prefill.lower(model, params, sampling, rule, store, tokens, q_lens)
+    inputs = engine._prepare(store, [[1, 2, 3], [4]][:rows], 5, Sampling(), ())
+    prefill = engine._prefill.lower(model, params, store, *inputs)
     lowered = {
         "_prefill": lambda: prefill,
-        "_step": lambda: engine._step.lower(model, params, sampling, rule, prefill.out_info[0]),
-        "_loop": lambda: engine._loop.lower(model, params, sampling, rule, prefill.out_info[0], 16),
+        "_step": lambda: engine._step.lower(model, params, prefill.out_info[0]),
+        "_loop": lambda: engine._loop.lower(model, params, prefill.out_info[0], 16),
     }[function]()
     compiled = lowered.compile()
     copies = [

@@ -1,8 +1,8 @@
 """Generate: one pass over the prompts, then one pure step a token.
 
-`step` is what both ways of running share: `generate` runs it in one jitted while_loop that stops on the device,
-`stream` jits it alone and hands out each token as it comes. Packed sizes are rounded up to a few buckets, so that
-other prompts of similar length compile nothing anew.
+`decode` is what both ways of running share: `generate` runs it in one jitted while_loop that stops on the device,
+`stream` and `step` jit it alone and hand out each token as it comes. Packed sizes are rounded up to a few buckets, so
+that other prompts of similar length compile nothing anew.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,29 +49,32 @@ class Generation:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Stopping:
+    """When rows end: stop_ids i32 [any], -1 = unused; max_new_tokens i32 []."""
+
+    stop_ids: Array
+    max_new_tokens: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class State:
-    """A generation under way.
+    """A generation under way, with all that decides how it goes on: saved and restored, it draws the same tokens.
 
     Fields:
       kv: the store; it holds all tokens but the newest.
       tokens: i32 [R], what the last step drew; -1 for rows that it drew nothing for.
       reason: i32 [R], RUNNING or why the row ended.
       count: i32 [], tokens drawn by rows that are still running.
+      sampling, stopping: as given to `prefill`.
     """
 
     kv: Any
     tokens: Array
     reason: Array
     count: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Stopping:
-    """When rows end: stop_ids i32 [any], -1 = unused; max_new_tokens i32 []."""
-
-    stop_ids: Array
-    max_new_tokens: Array
+    sampling: Sampling
+    stopping: Stopping
 
 
 def generate(
@@ -83,28 +86,32 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
+    num_samples: int = 1,
 ) -> list[Generation]:
     """Continue every prompt; the whole loop runs on the device.
 
     Args:
       model, params: see `Model`.
-      kv: an empty store with at least as many rows as prompts. It is consumed (donated).
+      kv: an empty store with a row for each continuation. It is consumed (donated).
       prompts: token ids; not empty.
       max_new_tokens: at least 1.
       sampling: greedy by default.
       stop_ids: tokens that end a row.
+      num_samples: continuations of each prompt. They share its pages, so the store must be able to fork.
 
     Returns:
-      A Generation for each prompt, in order.
+      A Generation for each prompt, in order; with num_samples, those of one prompt after each other.
 
     Raises:
       ValueError: an argument does not fit; the message names it.
+      NotImplementedError: num_samples > 1 with a store that cannot fork.
     """
-    tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
-    state, *_ = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
-    out, state = _loop(model, params, sampling, rule, state, _bucket(max_new_tokens))
+    inputs = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids, num_samples)
+    state, *_ = _prefill(model, params, kv, *inputs)
+    out, state = _loop(model, params, state, _bucket(max_new_tokens))
     out, reason = np.asarray(out), np.asarray(state.reason)
-    return [Generation(_valid(out[r]), REASONS[reason[r]]) for r in range(len(prompts))]
+    rows = [i + j * len(prompts) for i in range(len(prompts)) for j in range(num_samples)]
+    return [Generation(_valid(out[r]), REASONS[reason[r]]) for r in rows]
 
 
 def stream(
@@ -121,20 +128,43 @@ def stream(
 
     The device works on the next step while the caller has this one's tokens.
     """
-    tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
-    return _stream(model, params, sampling, rule, kv, tokens, q_lens, len(prompts))
+    inputs = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
+    return _stream(model, params, kv, inputs, len(prompts))
 
 
-def _stream(model, params, sampling, rule, kv, tokens, q_lens, rows) -> Iterator[list[int | None]]:
-    state, drawn, running = _prefill(model, params, sampling, rule, kv, tokens, q_lens)
+def _stream(model, params, kv, inputs, rows) -> Iterator[list[int | None]]:
+    state, drawn, running = _prefill(model, params, kv, *inputs)
     while True:
-        state, next_drawn, next_running = _step(model, params, sampling, rule, state)
+        state, next_drawn, next_running = _step(model, params, state)
         ids = np.asarray(drawn)[:rows].tolist()
         if max(ids) >= 0:
             yield [i if i >= 0 else None for i in ids]
         if not running:
             return
         drawn, running = next_drawn, next_running
+
+
+def prefill(
+    model: Model,
+    params: Any,
+    kv: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+) -> State:
+    """The first step of `generate`: all prompts are in the store (kv is consumed) and a token each is drawn.
+
+    For those who run the loop themselves: `step` takes it from there, and state.tokens has each step's tokens.
+    """
+    state, *_ = _prefill(model, params, kv, *_prepare(kv, prompts, max_new_tokens, sampling, stop_ids))
+    return state
+
+
+def step(model: Model, params: Any, state: State) -> State:
+    """Feed each running row its newest token and draw the next; the state that goes in is consumed."""
+    return _step(model, params, state)[0]
 
 
 def warmup(
@@ -148,32 +178,34 @@ def warmup(
     stop_ids: Sequence[int] = (),
 ) -> None:
     """Compile what `stream` needs for arguments of these sizes; nothing runs and kv stays usable."""
-    tokens, q_lens, sampling, rule = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
-    lowered = _prefill.lower(model, params, sampling, rule, kv, tokens, q_lens)
+    lowered = _prefill.lower(model, params, kv, *_prepare(kv, prompts, max_new_tokens, sampling, stop_ids))
     lowered.compile()
-    _step.lower(model, params, sampling, rule, lowered.out_info[0]).compile()
+    _step.lower(model, params, lowered.out_info[0]).compile()
 
 
-def step(model: Model, params: Any, sampling: Sampling, rule: Stopping, state: State) -> State:
-    """Feed each running row its newest token and draw the next."""
+def decode(model: Model, params: Any, state: State) -> State:
+    """`step`, to be traced into a larger program."""
     running = state.reason == RUNNING
     kv, ok = state.kv.extend(running.astype(jnp.int32), num_tokens=running.shape[0], max_q_len=1)
-    return _advance(model, params, sampling, rule, replace(state, kv=kv), state.tokens[kv.batch.rows], ok)
+    hidden, kv = model(params, state.tokens[kv.batch.rows], kv.batch.positions, kv)
+    return _draw(model, params, replace(state, kv=kv.end_step()), last_hidden(hidden, kv.batch), ok)
 
 
-def _advance(model, params, sampling, rule, state: State, tokens: Array, ok: Array) -> State:
-    """Run the store's batch of packed tokens and draw a token for each running row."""
-    kv = state.kv
-    hidden, kv = model(params, tokens, kv.batch.positions, kv)
-    last = hidden[jnp.maximum(kv.batch.cu_q_lens[1:] - 1, 0)]
-    drawn = sample(model.logits(params, last), sampling, state.count)
+def last_hidden(hidden: Array, batch: Any) -> Array:
+    """[R,E], of each row's last token in the batch; anything for rows that have none."""
+    return hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]
+
+
+def _draw(model, params, state: State, last: Array, ok: Array) -> State:
+    """Draw a token for each running row from its last hidden state [R,E]."""
+    drawn = sample(model.logits(params, last), state.sampling, state.count)
     running = state.reason == RUNNING
     count = state.count + 1
-    reason = jnp.where(count >= rule.max_new_tokens, LENGTH, RUNNING)
-    reason = jnp.where(jnp.isin(drawn, rule.stop_ids), STOP, reason)
+    reason = jnp.where(count >= state.stopping.max_new_tokens, LENGTH, RUNNING)
+    reason = jnp.where(jnp.isin(drawn, state.stopping.stop_ids), STOP, reason)
     reason = jnp.where(ok, reason, NO_ROOM)
-    return State(
-        kv=kv.end_step(),
+    return replace(
+        state,
         tokens=jnp.where(running & ok, drawn, -1),
         reason=jnp.where(running, reason, state.reason),
         count=count,
@@ -181,17 +213,25 @@ def _advance(model, params, sampling, rule, state: State, tokens: Array, ok: Arr
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("kv",))
-def _prefill(model, params, sampling, rule, kv, tokens, q_lens):
-    """The first step, over whole prompts; returns what `_step` does."""
+def _prefill(model, params, kv, tokens, q_lens, parents, sampling, stopping):
+    """The first step, over whole prompts; returns what `_step` does.
+
+    parents: i32 [R], the row whose prompt each row continues, or None: its own.
+    """
     kv, ok = kv.extend(q_lens, num_tokens=tokens.shape[0])
+    hidden, kv = model(params, tokens, kv.batch.positions, kv)
+    last, kv = last_hidden(hidden, kv.batch), kv.end_step()
+    if parents is not None:
+        kv, forked = kv.fork(parents, jnp.arange(len(parents)))
+        last, ok, q_lens = last[parents], ok[parents] & forked, q_lens[parents]
     reason = jnp.where(q_lens > 0, RUNNING, LENGTH)
-    state = State(kv, jnp.full_like(q_lens, -1), reason, jnp.int32(0))
-    return _with_news(_advance(model, params, sampling, rule, state, tokens, ok))
+    state = State(kv, jnp.full_like(q_lens, -1), reason, jnp.int32(0), sampling, stopping)
+    return _with_news(_draw(model, params, state, last, ok))
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def _step(model, params, sampling, rule, state):
-    return _with_news(step(model, params, sampling, rule, state))
+def _step(model, params, state):
+    return _with_news(decode(model, params, state))
 
 
 def _with_news(state: State) -> tuple[State, Array, Array]:
@@ -200,25 +240,41 @@ def _with_news(state: State) -> tuple[State, Array, Array]:
 
 
 @partial(jax.jit, static_argnames=("model", "most"), donate_argnames=("state",))
-def _loop(model, params, sampling, rule, state, most):
+def _loop(model, params, state, most):
     """Step until every row has ended: out i32 [R, most], -1 past a row's end."""
     out = jnp.full((len(state.tokens), most), -1, jnp.int32).at[:, 0].set(state.tokens)
 
     def body(carry):
         out, state = carry
-        after = step(model, params, sampling, rule, state)
+        after = decode(model, params, state)
         return out.at[:, state.count].set(after.tokens), after
 
     return lax.while_loop(lambda carry: jnp.any(carry[1].reason == RUNNING), body, (out, state))
 
 
-def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids):
+def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids, num_samples=1):
+    """Checked, and as `_prefill` takes them: tokens, q_lens, parents, sampling, stopping."""
     checks.check_positive_int("max_new_tokens", max_new_tokens)
+    checks.check_positive_int("num_samples", num_samples)
+    tokens, q_lens = pack(kv, prompts, max_new_tokens, num_samples)
+    stops = np.full(_bucket(len(stop_ids)), -1, np.int32)
+    stops[: len(stop_ids)] = stop_ids
+    stopping = Stopping(jnp.asarray(stops), jnp.int32(max_new_tokens))
+    parents = None if num_samples == 1 else _parents(kv, len(prompts), num_samples)
+    return tokens, q_lens, parents, (sampling or Sampling()).checked(), stopping
+
+
+def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_each: int = 1) -> tuple[Array, Array]:
+    """Prompts one after the other, i32 [T], and q_lens i32 [R]: prompt i is row i's.
+
+    Raises:
+      ValueError: there are none, an empty one, or more than the store has room for.
+    """
     checks.require(len(prompts) > 0, "prompts", "none", "at least one")
     checks.require(
-        len(prompts) <= kv.max_seqs,
+        len(prompts) * rows_each <= kv.max_seqs,
         "prompts",
-        f"{len(prompts)} prompts",
+        f"{len(prompts)} prompts of {rows_each} rows each",
         f"at most the store's {kv.max_seqs} rows",
     )
     for i, prompt in enumerate(prompts):
@@ -235,10 +291,21 @@ def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids):
     tokens[: sum(lens)] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
     q_lens = np.zeros(kv.max_seqs, np.int32)
     q_lens[: len(lens)] = lens
-    stops = np.full(_bucket(len(stop_ids)), -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
-    rule = Stopping(jnp.asarray(stops), jnp.int32(max_new_tokens))
-    return jnp.asarray(tokens), jnp.asarray(q_lens), (sampling or Sampling()).checked(), rule
+    return jnp.asarray(tokens), jnp.asarray(q_lens)
+
+
+def _parents(kv, num_prompts, num_samples):
+    """Row i + j * num_prompts is the j-th sample of prompt i."""
+    require_fork(kv, "num_samples")
+    parents = np.arange(kv.max_seqs, dtype=np.int32)
+    samples = num_prompts * num_samples
+    parents[:samples] = np.tile(np.arange(num_prompts), num_samples)
+    return jnp.asarray(parents)
+
+
+def require_fork(kv: Any, name: str) -> None:
+    if not hasattr(kv, "fork"):
+        raise NotImplementedError(f"{name}: {type(kv).__name__} cannot fork rows, PagedKV can")
 
 
 def _bucket(n: int) -> int:

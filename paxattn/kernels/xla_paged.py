@@ -5,7 +5,7 @@ All tiles go through their KV blocks in step. How many tiles there can be is kno
 ceil(T / tile) whole ones and a rest for each row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +49,13 @@ class Tiles(NamedTuple):
 
 
 def paged_attention(
-    q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len
+    q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len
 ) -> tuple[Array, Array]:
     num_tokens, heads, head_dim = q.shape
-    kv_heads = k_pages.shape[2]
+    kv_heads = pages.k.shape[2]
     sizes = Sizes.of(num_tokens, kv_lens.shape[0], max_q_len)
     work = _cut(kv_lens, cu_q_lens, num_tokens, sizes.tile, max_q_len)
-    k_pages, v_pages, page_table = _split_large_pages(k_pages, v_pages, page_table, sizes.block)
+    pages, page_table = _split_large_pages(pages, page_table, sizes.block)
     table = page_table[work.row]
     q_tiles = q[jnp.minimum(work.token, num_tokens - 1)].reshape(
         *work.token.shape, kv_heads, heads // kv_heads, head_dim
@@ -64,7 +64,7 @@ def paged_attention(
 
     def attend(group):
         q_tiles, table, position = group
-        state = _stream(q_tiles, k_pages, v_pages, table, position, sizes.block, left, scale, softcap)
+        state = _stream(q_tiles, pages, table, position, sizes.block, left, scale, softcap)
         out, lse = online_softmax.finish(state, per_head)
         return out.astype(q.dtype), lse
 
@@ -89,24 +89,25 @@ def _in_groups(attend, tiles_of, size):
     return tuple(x.reshape(groups * size, *x.shape[2:])[:count] for x in done)
 
 
-def _stream(q_tiles, k_pages, v_pages, table, position, block, left, scale, softcap):
+def _stream(q_tiles, pages, table, position, block, left, scale, softcap):
     """Take the tiles through their KV blocks in step, from the first that any query sees to the last."""
-    page_size = k_pages.shape[1]
+    page_size = pages.k.shape[1]
     pages_per_block = max(1, min(block // page_size, table.shape[1]))
     block = pages_per_block * page_size
     reach = position.max(axis=1) + 1
-    start = jnp.zeros_like(reach) if left is None else jnp.maximum(_first(position) - left, 0) // block
+    begin = jnp.zeros_like(reach) if left is None else jnp.maximum(_first(position) - left, 0)
+    start = begin // block
     stop = tiles.cdiv(reach, block)
 
     def visit(i, state):
         first_page = (start + i) * pages_per_block
-        k, v, kv_pos = _gather(k_pages, v_pages, table, first_page, pages_per_block, reach)
+        k, v, kv_pos = _gather(pages, table, first_page, pages_per_block, (begin, reach), q_tiles.dtype)
         mask = tiles.in_window(position[:, :, None], kv_pos[:, None, :], left, 0)
-        s = online_softmax.scores(q_tiles, k.astype(q_tiles.dtype), scale, softcap)
+        s = online_softmax.scores(q_tiles, k, scale, softcap)
         s = jnp.where(mask[:, None, None], s, -jnp.inf)
-        return online_softmax.update(state, s, v.astype(q_tiles.dtype))
+        return online_softmax.update(state, s, v)
 
-    state = online_softmax.init(q_tiles, v_pages)
+    state = online_softmax.init(q_tiles, pages.v)
     if table.shape[1] <= pages_per_block:
         return visit(0, state)
     return lax.fori_loop(0, jnp.max(stop - start, initial=0), visit, state)
@@ -133,41 +134,42 @@ def _first(position: Array) -> Array:
     return jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position).min(axis=1)
 
 
-def _split_large_pages(k_pages: Array, v_pages: Array, page_table: Array, block: int) -> tuple[Array, Array, Array]:
+def _split_large_pages(pages: Any, page_table: Array, block: int) -> tuple[Any, Array]:
     """A page larger than a block is read as several smaller ones, where its size allows."""
-    num_pages, page_size, *head = k_pages.shape
+    num_pages, page_size = pages.k.shape[:2]
     parts = tiles.cdiv(page_size, block)
     while page_size % parts:
         parts += 1
     if parts == 1:
-        return k_pages, v_pages, page_table
+        return pages, page_table
     table = page_table[:, :, None] * parts + jnp.arange(parts)[None, None, :]
     split = (num_pages * parts, page_size // parts)
-    v_head = v_pages.shape[2:]
-    return (
-        k_pages.reshape(*split, *head),
-        v_pages.reshape(*split, *v_head),
-        table.reshape(len(page_table), -1),
-    )
+    return jax.tree.map(lambda x: x.reshape(*split, *x.shape[2:]), pages), table.reshape(len(page_table), -1)
 
 
-def _gather(k_pages, v_pages, table, first_page, count, reach):
+def _gather(pages, table, first_page, count, seen, dtype):
     """Keys and values [W,K,S,D] of `count` pages a tile from first_page [W] on, and their positions [W,S].
 
-    What lies at or past `reach` comes back as 0, and its table entry is not looked at: it may hold anything.
+    What lies before seen[0] or at or past seen[1], both [W], comes back as 0, and the entries of pages that hold
+    nothing else are not looked at: they may be anything.
     """
-    page_size = k_pages.shape[1]
+    begin, reach = seen
+    page_size = pages.k.shape[1]
     index = first_page[:, None] + jnp.arange(count)[None, :]
     entry = jnp.take_along_axis(table, jnp.minimum(index, table.shape[1] - 1), axis=1)
-    page = jnp.where(index * page_size < reach[:, None], entry, 0)
+    held = (index * page_size < reach[:, None]) & ((index + 1) * page_size > begin[:, None])
+    page = jnp.where(held, entry, 0)
     position = (index[:, :, None] * page_size + jnp.arange(page_size)[None, None, :]).reshape(len(table), -1)
-    valid = (position < reach[:, None])[:, None, :, None]
+    valid = ((position >= begin[:, None]) & (position < reach[:, None]))[:, None, :, None]
 
-    def take(pages):
-        x = pages[page].reshape(*position.shape, *pages.shape[2:]).transpose(0, 2, 1, 3)
-        return jnp.where(valid, x, 0)
+    def take(x, scale):
+        x = x[page].reshape(*position.shape, *x.shape[2:])
+        if scale is not None:
+            scale = scale[page].reshape(*position.shape, -1, 1)
+            x = x.astype(jnp.float32) * scale.astype(jnp.float32)
+        return jnp.where(valid, x.astype(dtype).transpose(0, 2, 1, 3), 0)
 
-    return take(k_pages), take(v_pages), position
+    return take(pages.k, pages.k_scale), take(pages.v, pages.v_scale), position
 
 
 def _unpack(out: Array, lse: Array, work: Tiles, cu_q_lens: Array, num_tokens: int) -> tuple[Array, Array]:

@@ -1,13 +1,14 @@
-"""PageTable: which row owns which page. Reserve, release and fork on the device, all rows at once.
+"""PageTable: which row owns which page. All of it happens on the device, for all rows at once.
 
-Pages are reference-counted, as in vLLM's block manager (Kwon et al. 2023); free pages lie on a stack.
+Pages are reference-counted, as in vLLM's block manager (Kwon et al. 2023); free pages lie on a stack. Where a page
+goes is found by prefix sums and binary search, so that the cost does not depend on how many pages a row takes.
 """
 
 from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Int
 
 from paxattn import checks
@@ -37,9 +38,11 @@ class PageTable:
     partly filled, has no other owner, so that a row may always be written past its end.
 
     Fields:
-      page_table: i32 [R,M]; row r's first ceil(lens[r] / P) entries are its pages, the others are unspecified.
-      lens: i32 [R], tokens that each row holds.
-      owners: i32 [N], rows that own each page.
+      page_table: i32 [R,M]; of row r, the entries from dropped[r] to ceil(lens[r] / P) are its pages, the others
+        are unspecified.
+      lens: i32 [R], tokens of each row, those on dropped pages included.
+      dropped: i32 [R], pages that each row has given back at its front, behind a sliding window.
+      owners: i32 [N], how many own each page: rows, and a prefix cache (`hold`).
       free: i32 [N]; the first num_free entries are the free pages, the next to be taken last.
       num_free: i32 []
       page_size: P, static.
@@ -47,6 +50,7 @@ class PageTable:
 
     page_table: Array
     lens: Array
+    dropped: Array
     owners: Array
     free: Array
     num_free: Array
@@ -70,6 +74,7 @@ class PageTable:
         return cls(
             page_table=jnp.zeros((max_seqs, max_pages_per_seq), jnp.int32),
             lens=jnp.zeros(max_seqs, jnp.int32),
+            dropped=jnp.zeros(max_seqs, jnp.int32),
             owners=jnp.zeros(num_pages, jnp.int32),
             free=jnp.arange(num_pages, dtype=jnp.int32)[::-1],
             num_free=jnp.asarray(num_pages, jnp.int32),
@@ -89,25 +94,27 @@ class PageTable:
         """Grow row r to hold lens[r] tokens; rows that hold as many already stay as they are.
 
         Rows are served in order, each wholly or not at all: ok[r] is False, and row r unchanged, where too few
-        pages are left or the row would outgrow M pages. Later rows that fit are still served.
+        pages are left or the row would outgrow M pages. Later rows that fit are still served (see `_grant`).
         """
         checks.check_ints("lens", lens, self.lens.shape, "R")
         want = jnp.maximum(lens.astype(jnp.int32), self.lens)
         have = self._pages(self.lens)
         need = self._pages(want) - have
         ok = _grant(need, want <= self.capacity, self.num_free)
-        need = jnp.where(ok, need, 0)
+        ends = jnp.cumsum(jnp.where(ok, need, 0), dtype=jnp.int32)
 
-        column = jnp.arange(self.page_table.shape[1])[None, :] - have[:, None]
-        fresh = (column >= 0) & (column < need[:, None])
-        order = (jnp.cumsum(need) - need)[:, None] + column
-        taken = need.sum()
+        order = jnp.arange(min(self.num_pages, self.page_table.size), dtype=jnp.int32)
+        taken = order < ends[-1]
+        row = jnp.searchsorted(ends, order, side="right", method="scan_unrolled")
+        at = jnp.where(taken, row, len(ends))
+        column = (have - ends + jnp.where(ok, need, 0))[jnp.minimum(row, len(ends) - 1)] + order
+        page = self._next_free(order)
         table = replace(
             self,
-            page_table=jnp.where(fresh, self._next_free(order), self.page_table),
+            page_table=self.page_table.at[at, column].set(page, mode="drop", unique_indices=True),
             lens=jnp.where(ok, want, self.lens),
-            owners=self.owners.at[self.free].add(self._is_next_free(taken)),
-            num_free=self.num_free - taken,
+            owners=self.owners.at[jnp.where(taken, page, self.num_pages)].set(1, mode="drop"),
+            num_free=self.num_free - ends[-1],
         )
         return table, ok
 
@@ -115,8 +122,20 @@ class PageTable:
         """Drop the rows where mask is True; a page goes back when its last owner lets go."""
         checks.check_shape("mask", mask, self.lens.shape, "R")
         checks.require(mask.dtype == bool, "mask", f"dtype {mask.dtype}", "bool")
-        kept = self.owners - self._count(self.page_table, jnp.where(mask, self.lens, 0))
-        return replace(self, lens=jnp.where(mask, 0, self.lens))._give_back(kept)
+        gone = self._count(self.page_table, self.dropped, jnp.where(mask, self._pages(self.lens), 0))
+        kept = jnp.where(mask, 0, self.lens)
+        return replace(self, lens=kept, dropped=jnp.where(mask, 0, self.dropped))._let_go(gone)
+
+    def release_before(self, positions: Int[Array, "R"]) -> "PageTable":
+        """Give back row r's pages that lie wholly before positions[r], as a sliding window leaves them behind.
+
+        lens and the places of the other pages stay; nothing may read the dropped ones any more.
+        """
+        checks.check_ints("positions", positions, self.lens.shape, "R")
+        whole = jnp.clip(positions.astype(jnp.int32), 0, self.lens) // self.page_size
+        dropped = jnp.maximum(self.dropped, whole)
+        gone = self._count(self.page_table, self.dropped, dropped)
+        return replace(self, dropped=dropped)._let_go(gone)
 
     def fork(self, src: Int[Array, "F"], dst: Int[Array, "F"]) -> tuple["PageTable", PageCopies]:
         """Make row dst[i] share the pages of row src[i]; what dst[i] held before is released.
@@ -130,28 +149,69 @@ class PageTable:
         checks.check_ints("src", src, src.shape, "F")
         checks.check_ints("dst", dst, src.shape, "F")
         moves = (dst >= 0) & (src != dst)
-        lens = self.lens[src]
+        lens, dropped = self.lens[src], self.dropped[src]
         pages = self._pages(lens)
         partial = moves & (lens % self.page_size != 0)
         ok = _grant(partial.astype(jnp.int32), jnp.ones_like(moves), self.num_free)
         moves, partial = moves & ok, partial & ok
 
-        own = self._next_free(jnp.cumsum(partial) - 1)
+        own = self._next_free(jnp.cumsum(partial, dtype=jnp.int32) - 1)
         last = jnp.arange(self.page_table.shape[1])[None, :] == pages[:, None] - 1
         old = self.page_table[src]
         rows = jnp.where(last & partial[:, None], own[:, None], old)
         into = jnp.where(moves, dst, len(self.lens))
-        owners = self.owners + self._count(rows, jnp.where(moves, lens, 0))
-        dropped = self._count(self.page_table[dst], jnp.where(moves, self.lens[dst], 0))
+        gained = self._count(rows, dropped, jnp.where(moves, pages, 0))
+        gone = self._count(self.page_table[dst], self.dropped[dst], jnp.where(moves, self._pages(self.lens[dst]), 0))
         copied = jnp.take_along_axis(old, jnp.maximum(pages - 1, 0)[:, None], axis=1)[:, 0]
         table = replace(
             self,
             page_table=self.page_table.at[into].set(rows, mode="drop"),
             lens=self.lens.at[into].set(lens, mode="drop"),
-            owners=owners,
-            num_free=self.num_free - partial.sum(),
-        )._give_back(owners - dropped)
+            dropped=self.dropped.at[into].set(dropped, mode="drop"),
+            owners=self.owners + gained,
+            num_free=self.num_free - partial.sum(dtype=jnp.int32),
+        )._let_go(gone)
         return table, PageCopies(jnp.where(partial, copied, -1), jnp.where(partial, own, -1), ok)
+
+    def adopt(
+        self, rows: Int[Array, "F"], pages: Int[Array, "F C"], counts: Int[Array, "F"]
+    ) -> "tuple[PageTable, Bool[Array, 'F']]":
+        """Give the empty row rows[i] the first counts[i] of pages[i] as its own, full, shared with their owners.
+
+        As a prefix cache finds them again. A negative row is skipped; no row may stand twice. ok[i] is False,
+        and nothing changes, where the row is not empty, counts[i] > M, or a page has no owner.
+        """
+        checks.check_rank("rows", rows, "F")
+        checks.check_ints("rows", rows, rows.shape, "F")
+        checks.check_rank("pages", pages, "F C")
+        checks.check_ints("pages", pages, (len(rows), pages.shape[1]), "F C")
+        checks.check_ints("counts", counts, rows.shape, "F")
+        width = self.page_table.shape[1]
+        pages = jnp.pad(pages.astype(jnp.int32), ((0, 0), (0, max(0, width - pages.shape[1]))))[:, :width]
+        given = jnp.arange(width)[None, :] < counts[:, None]
+        known = (pages >= 0) & (pages < self.num_pages) & (self.owners[pages] > 0)
+        ok = (self.lens[rows] == 0) & (counts <= width) & jnp.all(known | ~given, axis=1)
+        into = jnp.where(ok & (rows >= 0), rows, len(self.lens))
+        counts = jnp.where(ok & (rows >= 0), counts, 0).astype(jnp.int32)
+        table = replace(
+            self,
+            page_table=self.page_table.at[into].set(pages, mode="drop"),
+            lens=self.lens.at[into].set(counts * self.page_size, mode="drop"),
+            owners=self.owners + self._count(pages, jnp.zeros_like(counts), counts),
+        )
+        return table, ok
+
+    def hold(self, pages: Int[Array, "X"]) -> "PageTable":
+        """One owner more for each of these pages, which outlive their rows so; a negative or free page is skipped."""
+        checks.check_rank("pages", pages, "X")
+        checks.check_ints("pages", pages, pages.shape, "X")
+        return replace(self, owners=jnp.where(self.owners > 0, self.owners + self._tally(pages), self.owners))
+
+    def let_go(self, pages: Int[Array, "X"]) -> "PageTable":
+        """Undo `hold`: a page goes back when its last owner lets go; a negative page is skipped."""
+        checks.check_rank("pages", pages, "X")
+        checks.check_ints("pages", pages, pages.shape, "X")
+        return self._let_go(jnp.minimum(self._tally(pages), self.owners))
 
     def _pages(self, lens: Array) -> Array:
         return -(-lens // self.page_size)
@@ -160,46 +220,42 @@ class PageTable:
         """The page that is taken as number `order` from now, 0 = the next one."""
         return self.free[jnp.clip(self.num_free - 1 - order, 0, self.num_pages - 1)]
 
-    def _is_next_free(self, count: Array) -> Array:
-        """i32 [N]: 1 for the places of the stack that the next `count` pages are taken from."""
-        place = jnp.arange(self.num_pages)
-        return ((place < self.num_free) & (place >= self.num_free - count)).astype(jnp.int32)
+    def _count(self, rows: Array, begin: Array, end: Array) -> Array:
+        """i32 [N]: how often each page stands in its row from entry begin to before entry end."""
+        column = jnp.arange(rows.shape[1])[None, :]
+        return self._tally(jnp.where((column >= begin[:, None]) & (column < end[:, None]), rows, -1))
 
-    def _count(self, rows: Array, lens: Array) -> Array:
-        """i32 [N]: how often each page stands among the first ceil(lens / P) entries of its row."""
-        reached = jnp.arange(rows.shape[1])[None, :] < self._pages(lens)[:, None]
-        pages = jnp.where(reached, rows, self.num_pages)
+    def _tally(self, pages: Array) -> Array:
+        """i32 [N]: how often each page stands in pages; negative ones do not count."""
+        pages = jnp.where(pages < 0, self.num_pages, pages)
         return jnp.zeros_like(self.owners).at[pages].add(1, mode="drop")
 
-    def _give_back(self, owners: Array) -> "PageTable":
-        """Set the owners' count and put the pages that lost their last owner on the stack."""
+    def _let_go(self, gone: Array) -> "PageTable":
+        """Take gone[n] owners from page n, and put the pages that lost their last one on the stack."""
+        owners = self.owners - gone
         freed = (self.owners > 0) & (owners == 0)
-        place = jnp.where(freed, self.num_free + jnp.cumsum(freed) - 1, self.num_pages)
+        place = self.num_free + jnp.cumsum(freed, dtype=jnp.int32)
         ids = jnp.arange(self.num_pages, dtype=jnp.int32)
-        return replace(
-            self,
-            owners=owners,
-            free=self.free.at[place].set(ids, mode="drop"),
-            num_free=self.num_free + freed.sum(),
-        )
+        free = self.free.at[jnp.where(freed, place - 1, self.num_pages)].set(ids, mode="drop", unique_indices=True)
+        return replace(self, owners=owners, free=free, num_free=place[-1])
 
 
-def _grant(need: Array, possible: Array, num_free: Array) -> Array:
+def _grant(need: Array, possible: Array, num_free: Array, rounds: int = 4) -> Array:
     """Who gets what it needs where requests are served in order, each wholly or not at all: bool [R].
 
-    One prefix sum says who fits while nobody is refused. From the first that does not fit, all that need more
-    than is left then are refused, and the sum is taken again: one round where enough pages are free, and
-    another for each time that what is left shrinks after a refusal.
+    A round refuses, from the first request on that does not fit behind those before it, all that need more than
+    is left there. `rounds` refusals at different fillings are told apart so, without a loop on the device whose end
+    the host would have to look at; behind that many, a request is refused that does not fit behind all before it.
+    Exact in any case where each needs one page at most.
     """
 
     def used(granted: Array) -> Array:
-        return jnp.cumsum(jnp.where(granted, need, 0))
+        return jnp.cumsum(jnp.where(granted, need, 0), dtype=jnp.int32)
 
-    def refuse(granted: Array) -> Array:
+    granted = possible & (need <= num_free)
+    for _ in range(rounds):
         total = used(granted)
-        first = jnp.argmax(total > num_free)
-        left = num_free - (total[first] - need[first])
-        later = jnp.arange(need.shape[0]) >= first
-        return granted & ~(later & (need > left))
-
-    return lax.while_loop(lambda granted: used(granted)[-1] > num_free, refuse, possible)
+        over = total > num_free
+        left = num_free - jnp.max(jnp.where(over, 0, total))
+        granted &= ~(over & (need > left))
+    return granted & ((need == 0) | (used(granted) <= num_free))

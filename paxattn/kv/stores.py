@@ -7,6 +7,8 @@ anything differ only in how they allot pages to rows:
 - ContiguousKV: a row is one stretch of memory of the full length.
 - BlockwiseKV: a row is a fixed run of blocks; attention visits the blocks that are filled.
 - PagedKV: rows take pages from a common pool as they grow, and may share them.
+
+Their pages hold keys and values plain (bfloat16, float16, float32) or compressed (int8, float8_e4m3fn).
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,12 +16,12 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from paxattn import checks
 from paxattn.flash_attention import flash_attention
 from paxattn.kv.page_table import PageTable
-from paxattn.kv.pages import KVPages, copy_pages, init_pages, write_pages
+from paxattn.kv.pages import KVPages, clear_pages, copy_pages, init_pages, write_pages
 from paxattn.paged_attention import paged_attention
 
 _STATIC = dict(static=True)
@@ -141,12 +143,17 @@ class PagedKV(_Store):
       table: PageTable
       batch: the step under way, None between steps
       implementation: of paged_attention, static
+      window: static; no token further than this, its own included, is attended to, so that pages behind it are
+        given back. None = all are kept.
+      zero_on_release: static; pages are zeroed before another row can have them.
     """
 
     layers: tuple[KVPages, ...]
     table: PageTable
     batch: Batch | None
     implementation: str | None = field(metadata=_STATIC)
+    window: int | None = field(metadata=_STATIC)
+    zero_on_release: bool = field(metadata=_STATIC)
 
     @classmethod
     def create(
@@ -161,9 +168,19 @@ class PagedKV(_Store):
         num_pages: int | None = None,
         dtype: Any = jnp.bfloat16,
         implementation: str | None = None,
+        window: int | None = None,
+        zero_on_release: bool = False,
     ) -> "PagedKV":
-        """An empty store of R = max_seqs rows of up to max_len tokens; by default every row can be full."""
+        """An empty store of R = max_seqs rows of up to max_len tokens; by default every row can be full.
+
+        Args:
+          dtype: of the pages; int8 and float8_e4m3fn are compressed on write and read with a scale.
+          window: the largest of the model's layers, where every layer has one.
+          zero_on_release: nothing that a row wrote outlives it in memory.
+        """
         _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len, page_size=page_size)
+        if window is not None:
+            checks.check_positive_int("window", window)
         pages_per_seq = -(-max_len // page_size)
         num_pages = max_seqs * pages_per_seq if num_pages is None else num_pages
         return cls(
@@ -171,6 +188,8 @@ class PagedKV(_Store):
             table=PageTable.create(num_pages, page_size, max_seqs, pages_per_seq),
             batch=None,
             implementation=implementation,
+            window=window,
+            zero_on_release=zero_on_release,
         )
 
     @property
@@ -185,15 +204,42 @@ class PagedKV(_Store):
         table, ok = self.table.reserve(lens)
         return replace(self, table=table), ok
 
+    def end_step(self) -> "PagedKV":
+        store = replace(self, batch=None)
+        if self.window is None:
+            return store
+        return store._given_back(self.table.release_before(self.lens - self.window + 1))
+
     def release(self, mask: Array) -> "PagedKV":
         """Drop the rows where mask [R] is True."""
-        return replace(self, table=self.table.release(mask))
+        return self._given_back(self.table.release(mask))
 
     def fork(self, src: Array, dst: Array) -> tuple["PagedKV", Array]:
         """Row dst[i] goes on from row src[i], sharing its full pages; ok [F] as in PageTable.fork."""
         table, copies = self.table.fork(src, dst)
         layers = tuple(copy_pages(pages, copies.src, copies.dst) for pages in self.layers)
-        return replace(self, table=table, layers=layers), copies.ok
+        taken = jnp.sum(copies.dst >= 0, dtype=jnp.int32)
+        return replace(self, layers=layers)._given_back(table, taken), copies.ok
+
+    def adopt(self, rows: Array, pages: Array, counts: Array) -> tuple["PagedKV", Array]:
+        """Empty rows go on from full pages that are in memory; as PageTable.adopt."""
+        table, ok = self.table.adopt(rows, pages, counts)
+        return replace(self, table=table), ok
+
+    def hold(self, pages: Array) -> "PagedKV":
+        """Keep pages beyond the life of their rows; as PageTable.hold."""
+        return replace(self, table=self.table.hold(pages))
+
+    def let_go(self, pages: Array) -> "PagedKV":
+        """Undo `hold`."""
+        return self._given_back(self.table.let_go(pages))
+
+    def _given_back(self, table: PageTable, taken: Array | int = 0) -> Self:
+        """With a table to whose stack pages went back, after `taken` came off it."""
+        if not self.zero_on_release:
+            return replace(self, table=table)
+        layers = _clear(self.layers, table.free, self.table.num_free - taken, table.num_free)
+        return replace(self, table=table, layers=layers)
 
 
 @jax.tree_util.register_dataclass
@@ -312,6 +358,18 @@ def _check_sizes(**sizes: Any) -> None:
 
 def _layers(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> tuple[KVPages, ...]:
     return tuple(init_pages(num_pages, page_size, num_kv_heads, head_dim, dtype) for _ in range(num_layers))
+
+
+def _clear(layers: tuple[KVPages, ...], free: Array, begin: Array, end: Array) -> tuple[KVPages, ...]:
+    """Zero the pages free[begin:end], some at a time, so that the cost is theirs and not the pool's."""
+    some = jnp.arange(64, dtype=jnp.int32)
+
+    def body(carry):
+        at, layers = carry
+        ids = jnp.where(at + some < end, free[jnp.minimum(at + some, len(free) - 1)], -1)
+        return at + len(some), tuple(clear_pages(pages, ids) for pages in layers)
+
+    return lax.while_loop(lambda carry: carry[0] < end, body, (begin, layers))[1]
 
 
 def _lay_out(page_table, before, q_lens, ok, page_size, num_tokens, max_q_len) -> Batch:
