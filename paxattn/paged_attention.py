@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from paxattn import checks, dispatch
-from paxattn.kv.pages import KVPages
+from paxattn.kv.pages import KVPages, rotate
 
 
 def paged_attention(
@@ -52,10 +52,11 @@ def paged_attention(
     """
     _check(q, pages, page_table, kv_lens, cu_q_lens, sinks, max_q_len)
     left, _ = checks.window_bounds(window, causal=True)
+    compressed = pages.k_scale is not None
     out, lse = dispatch.call(
         "paged_attention",
         implementation,
-        q,
+        rotate(q) if compressed else q,
         pages,
         jnp.asarray(page_table, jnp.int32),
         jnp.asarray(kv_lens, jnp.int32),
@@ -66,6 +67,7 @@ def paged_attention(
         softcap=checks.static_softcap(softcap),
         max_q_len=max_q_len,
     )
+    out = rotate(out) if compressed else out
     return (out, lse) if return_lse else out
 
 

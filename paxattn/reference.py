@@ -44,7 +44,10 @@ def paged_attention(q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, sc
 
 
 def _decompressed(x, scale):
-    return x if scale is None else x.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
+    if scale is None:
+        return x
+    groups = x.astype(jnp.float32).reshape(*scale.shape, -1)
+    return (groups * scale.astype(jnp.float32)[..., None]).reshape(x.shape)
 
 
 def _window(q_pos, kv_pos, left, right):

@@ -109,7 +109,7 @@ def test_compressed_pages_equal_the_oracle(case, dtype, implementation, rng):
     tokens = (x.reshape(-1, *x.shape[2:]) for x in (plain.k, plain.v))
     compressed = write_pages(empty, *tokens, slots)
     poison = jnp.isnan(plain.k[..., 0])
-    scales = (jnp.where(poison, jnp.nan, x).astype(jnp.bfloat16) for x in (compressed.k_scale, compressed.v_scale))
+    scales = (jnp.where(poison[..., None], jnp.nan, x) for x in (compressed.k_scale, compressed.v_scale))
     pages = KVPages(compressed.k, compressed.v, *scales)
     out, lse = run(case, inputs | {"pages": pages}, implementation)
     want_out, want_lse = run(case, inputs | {"pages": pages}, "reference")

@@ -165,8 +165,8 @@ def _gather(pages, table, first_page, count, seen, dtype):
     def take(x, scale):
         x = x[page].reshape(*position.shape, *x.shape[2:])
         if scale is not None:
-            scale = scale[page].reshape(*position.shape, -1, 1)
-            x = x.astype(jnp.float32) * scale.astype(jnp.float32)
+            scale = scale[page].reshape(*x.shape[:-1], -1)
+            x = x.astype(jnp.float32) * jnp.repeat(scale.astype(jnp.float32), x.shape[-1] // scale.shape[-1], axis=-1)
         return jnp.where(valid, x.astype(dtype).transpose(0, 2, 1, 3), 0)
 
     return take(pages.k, pages.k_scale), take(pages.v, pages.v_scale), position

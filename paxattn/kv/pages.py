@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
 from paxattn import checks
 
 COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
+KEY_GROUP = 16
+TRIED_SCALES = 8
 
 
 @jax.tree_util.register_dataclass
@@ -18,11 +21,14 @@ COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that 
 class KVPages:
     """Keys and values of one layer in pages of P tokens, plain or compressed. A pytree; replaced, never mutated.
 
-    Compressed, a token's key or value of one head is k * k_scale or v * v_scale.
+    Compressed, D is cut into C equal groups, and each number stands for itself times its group's scale. Some channels
+    are far larger than others, so all are stored rotated, which spreads them (QuaRot, Ashkboos et al. 2024; see
+    `rotate`). Attention is more sensitive to keys than to values (KIVI, Liu et al. 2024), so keys have more groups.
 
     Fields:
       k, v: [N,P,K,D], bfloat16, float16, float32, int8 or float8_e4m3fn
-      k_scale, v_scale: bfloat16 [N,P,K] where k and v are compressed, else None
+      k_scale, v_scale: float16 [N,P,K,C] where k and v are compressed, else None; C is D / 16 for keys (1 where
+        that is not whole) and 1 for values
     """
 
     k: Array
@@ -63,7 +69,9 @@ def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
     pages = KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
     if dtype.name not in COMPRESSED:
         return pages
-    return replace(pages, k_scale=jnp.zeros(shape[:3], jnp.bfloat16), v_scale=jnp.zeros(shape[:3], jnp.bfloat16))
+    key_groups = 1 if head_dim % KEY_GROUP else head_dim // KEY_GROUP
+    k_scale, v_scale = (jnp.zeros((*shape[:3], groups), jnp.float16) for groups in (key_groups, 1))
+    return replace(pages, k_scale=k_scale, v_scale=v_scale)
 
 
 def write_pages(pages: KVPages, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, "T"]) -> KVPages:
@@ -71,7 +79,7 @@ def write_pages(pages: KVPages, k: Float[Array, "T K D"], v: Float[Array, "T K D
 
     Args:
       pages: one layer's.
-      k, v: [T,K,D], cast to the pages' dtype, or compressed by a token's and head's own scale.
+      k, v: [T,K,D], cast to the pages' dtype or compressed.
       slots: [T] ints, page * P + offset; a negative slot is skipped. No slot stands twice.
 
     Raises:
@@ -89,21 +97,48 @@ def write_pages(pages: KVPages, k: Float[Array, "T K D"], v: Float[Array, "T K D
 
 def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
     """[T,K,D] as the pages hold them."""
-    if pages.k_scale is None:
+    if pages.k_scale is None or pages.v_scale is None:
         return KVPages(k.astype(pages.k.dtype), v.astype(pages.v.dtype))
-    (k, k_scale), (v, v_scale) = _compress(k, pages.k.dtype), _compress(v, pages.v.dtype)
+    k, k_scale = _compress(rotate(k), pages.k.dtype, pages.k_scale.shape[-1])
+    v, v_scale = _compress(rotate(v), pages.v.dtype, pages.v_scale.shape[-1])
     return KVPages(k, v, k_scale, v_scale)
 
 
-def _compress(x: Array, dtype: Any) -> tuple[Array, Array]:
-    """x [T,K,D] as dtype, and its scale bfloat16 [T,K]: the largest number of D becomes the dtype's."""
+def rotate(x: Array) -> Array:
+    """x [...,D] times a Hadamard matrix, which is orthogonal and its own inverse.
+
+    Of queries and keys both, it leaves q k as it is; of values, the output is rotated back. Where D is no power of
+    two, by blocks of the largest one that divides it.
+    """
+    dim = x.shape[-1]
+    size = dim & -dim
+    index = np.arange(size)
+    signs = 1 - 2.0 * (np.bitwise_count(index[:, None] & index[None, :]) % 2)
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], dim // size, size)
+    matrix = jnp.asarray(signs * size**-0.5, jnp.float32)
+    return jnp.einsum("...i,ij->...j", blocks, matrix, precision="highest").reshape(x.shape).astype(x.dtype)
+
+
+def _compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
+    """x [T,K,D] as dtype, and its scales float16 [T,K,C].
+
+    Of some scales, from the one that makes a group's largest number the dtype's to twice that, the one with the
+    least squared error is taken: a float's error depends on where in a binade the numbers fall. What is stored is
+    the best factor for the rounded numbers, so that little of the error lies along the vector itself.
+    """
     most = COMPRESSED[dtype.name]
-    x = x.astype(jnp.float32)
-    # Divided by what is stored, so that the scale's own rounding costs no precision.
-    scale = (jnp.max(jnp.abs(x), axis=-1) / most).astype(jnp.bfloat16)
-    x = x / jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
-    x = jnp.clip(jnp.round(x) if dtype == jnp.int8 else x, -most, most)
-    return x.astype(dtype), scale
+    split = x.astype(jnp.float32).reshape(*x.shape[:2], groups, 1, -1)
+    tried = 2.0 ** (np.arange(TRIED_SCALES)[:, None] / TRIED_SCALES)
+    scale = jnp.max(jnp.abs(split), axis=-1, keepdims=True) / most * jnp.asarray(tried, jnp.float32)[None, None, None]
+    codes = split / jnp.where(scale > 0, scale, 1)
+    codes = jnp.clip(jnp.round(codes) if dtype == jnp.int8 else codes, -most, most).astype(dtype)
+    rounded = codes.astype(jnp.float32)
+    norm = jnp.sum(rounded * rounded, axis=-1)
+    scale = (jnp.sum(split * rounded, axis=-1) / jnp.where(norm > 0, norm, 1)).astype(jnp.float16)
+    error = jnp.sum((rounded * scale.astype(jnp.float32)[..., None] - split) ** 2, axis=-1)
+    best = jnp.argmin(error, axis=-1, keepdims=True)
+    codes = jnp.take_along_axis(codes, best[..., None], axis=-2)
+    return codes.reshape(x.shape), jnp.take_along_axis(scale, best, axis=-1)[..., 0]
 
 
 def copy_pages(pages: KVPages, src: Int[Array, "F"], dst: Int[Array, "F"]) -> KVPages:
