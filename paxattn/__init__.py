@@ -3,6 +3,7 @@
 from paxattn.engine.beam import Beam, beam_search
 from paxattn.engine.generate import Generation, State, generate, prefill, step, stream, warmup
 from paxattn.engine.sampling import Sampling
+from paxattn.flags import XLA_FLAGS
 from paxattn.flash_attention import flash_attention
 from paxattn.kv.page_table import PageCopies, PageTable
 from paxattn.kv.pages import KVPages, copy_pages, init_pages, write_pages
@@ -15,6 +16,7 @@ from paxattn.snapshot import restore_snapshot, save_snapshot
 __version__ = "0.1.0"
 
 __all__ = [
+    "XLA_FLAGS",
     "Beam",
     "BlockwiseKV",
     "ContiguousKV",

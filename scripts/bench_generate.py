@@ -149,8 +149,7 @@ def measure(runners: dict[str, Run], measured: Any, prompts: list[list[int]], co
 
 
 def main() -> None:
-    # XLA's CPU keeps to 256-bit vectors unless told otherwise.
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
+    os.environ.setdefault("XLA_FLAGS", paxattn.XLA_FLAGS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

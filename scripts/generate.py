@@ -52,8 +52,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    # XLA's CPU keeps to 256-bit vectors unless told otherwise.
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
+    os.environ.setdefault("XLA_FLAGS", paxattn.XLA_FLAGS)
     parser = arguments()
     options = parser.parse_args()
     try:

@@ -18,6 +18,7 @@ ALLOWED = {
     "paxattn/checks.py": (),
     "paxattn/reference.py": (),
     "paxattn/dispatch.py": (),
+    "paxattn/flags.py": (),
     "paxattn/kernels": ("paxattn.kernels",),
     "paxattn/flash_attention.py": ("paxattn.checks", "paxattn.dispatch"),
     "paxattn/paged_attention.py": ("paxattn.checks", "paxattn.dispatch", "paxattn.kv.pages"),
