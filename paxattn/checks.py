@@ -31,11 +31,12 @@ def check_float(name: str, x: Any) -> None:
 
 def check_ints(name: str, x: Any, shape: tuple[int, ...], dims: str) -> None:
     check_shape(name, x, shape, dims)
-    require(jnp.issubdtype(x.dtype, jnp.integer), name, f"dtype {x.dtype}", "an integer dtype")
+    # An empty list becomes a float array.
+    require(x.size == 0 or jnp.issubdtype(x.dtype, jnp.integer), name, f"dtype {x.dtype}", "an integer dtype")
 
 
 def check_positive_int(name: str, x: Any) -> None:
-    require(_is_int(x) and x > 0, name, repr(x), "a positive int")
+    require(is_int(x) and x > 0, name, repr(x), "a positive int")
 
 
 def static_float(name: str, x: Any) -> float:
@@ -71,15 +72,15 @@ def window_bounds(window: Any, causal: bool) -> tuple[int | None, int | None]:
 def _window_pair(window: Any, must: str) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
-    if _is_int(window):
+    if is_int(window):
         return int(window) - 1, None
     pair = isinstance(window, (tuple, list)) and len(window) == 2
-    require(pair and all(x is None or _is_int(x) for x in window), "window", window, must)
+    require(pair and all(x is None or is_int(x) for x in window), "window", window, must)
     left, right = window
     return None if left is None else int(left), None if right is None else int(right)
 
 
-def _is_int(x: Any) -> bool:
+def is_int(x: Any) -> bool:
     return hasattr(x, "__index__") and not isinstance(x, (bool, Array))
 
 

@@ -96,7 +96,15 @@ def _orbax() -> Any:
 
 
 def _arrays(tree: Any) -> dict[str, Array]:
-    return {jax.tree_util.keystr(path): jnp.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {jax.tree_util.keystr(path): _array(path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _array(path: Any, x: Any) -> Array:
+    """Without x64, jax would cut a NumPy array of 64 bits to 32 and say nothing."""
+    array = jnp.asarray(x)
+    whole = not hasattr(x, "dtype") or array.dtype == x.dtype
+    checks.require(whole, "tree", f"{x.dtype} at {jax.tree_util.keystr(path)}", f"{array.dtype} without x64")
+    return array
 
 
 def _filled(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

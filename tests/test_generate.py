@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 from paxattn import PagedKV, Sampling, Uncached, generate, stream, warmup
-from paxattn.engine.generate import _bucket
+from paxattn.engine.generate import bucket
 from paxattn.engine.sampling import sample
 
 LENGTHS = (3, 17, 1, 40, 8, 2, 29, 5, 11, 64, 7, 1, 33, 4, 20, 13)
@@ -78,7 +78,7 @@ def test_rows_that_find_no_page_keep_what_they_have(tiny, rng):
         assert one.ids == greedy_by_definition((model, params), prompt, 6)[: len(one.ids)]
 
 
-def test_no_compilation_after_the_first_call_of_a_bucket(tiny, new_store, rng, compilations):
+def test_no_compilation_after_the_first_call_of_abucket(tiny, new_store, rng, compilations):
     model, params = tiny
 
     def both(lengths, sampling, stop_ids, count):
@@ -106,10 +106,8 @@ def test_warmup_compiles_all_that_stream_needs(tiny, new_store, rng, compilation
 
 def test_buckets_are_at_least_sixteen_and_waste_little_more_than_a_quarter():
     for n in range(1, 5000):
-        bucket = _bucket(n)
-        assert n <= bucket
-        assert bucket <= 1.25 * n + 16
-    assert len({_bucket(n) for n in range(1, 8193)}) < 40
+        assert n <= bucket(n) <= 1.25 * n + 16
+    assert len({bucket(n) for n in range(1, 8193)}) < 40
 
 
 @pytest.mark.parametrize(

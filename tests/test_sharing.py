@@ -158,9 +158,9 @@ def test_one_beam_is_greedy(tiny, prompt):
 
 def test_beams_that_find_no_page_end_and_the_others_go_on(tiny, prompt):
     model, params = tiny
-    (beams,) = beam_search(model, params, new_store(num_pages=7), [prompt], max_new_tokens=5, num_beams=4)
+    (beams,) = beam_search(model, params, new_store(num_pages=7), [prompt], max_new_tokens=4, num_beams=4)
     assert beams
-    assert all(len(beam.ids) == 5 for beam in beams)
+    assert all(len(beam.ids) == 4 for beam in beams)
     assert beam_search(model, params, new_store(num_pages=5), [prompt], max_new_tokens=5, num_beams=4) == [[]]
 
 
@@ -336,3 +336,82 @@ def test_ten_thousand_requests_leave_every_page_free(rng):
     assert left == 600
     assert table.owners.tolist() == [0] * 600
     assert sorted(table.free.tolist()) == list(range(600))
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 64])
+def test_beams_fit_the_default_store(tiny, log_probs, rng, page_size):
+    """As many pages as rows can fill are enough, whatever the beams do."""
+    model, params = tiny
+    text = rng.integers(0, TINY.vocab_size, 7).tolist()
+    store = new_store(max_len=16, page_size=page_size)
+    (got,) = beam_search(model, params, store, [text], num_beams=4, max_new_tokens=9)
+    want = beams_by_definition(log_probs, text, 4, 9, [], 1.0)
+    assert [beam.ids for beam in got] == [ids for _, ids in want]
+
+
+def test_a_prompts_beams_do_not_depend_on_the_others(tiny, rng):
+    model, params = tiny
+    prompts = [rng.integers(0, TINY.vocab_size, n).tolist() for n in (5, 11)]
+    options = dict(num_beams=2, max_new_tokens=8, stop_ids=list(range(0, 97, 3)))
+    both = beam_search(model, params, new_store(), prompts, **options)
+    for prompt, beams in zip(prompts, both, strict=True):
+        (alone,) = beam_search(model, params, new_store(), [prompt], **options)
+        assert [beam.ids for beam in beams] == [beam.ids for beam in alone]
+
+
+def test_fork_and_adopt_refuse_rows_and_pages_that_are_not_there(prompt, feed):
+    _, store = feed(new_store(), prompt, [21, 0, 0, 0])
+    same = lambda other: all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), other, store)))
+    for src, dst in [(0, 4), (4, 1), (-1, 1)]:
+        after, ok = store.fork(jnp.asarray([src]), jnp.asarray([dst]))
+        assert ok.tolist() == [False]
+        assert same(after)
+    page = store.table.page_table[:1, :1]
+    for row, count in [(4, 1), (1, 2), (1, -1)]:
+        after, ok = store.adopt(jnp.asarray([row]), page, jnp.asarray([count]))
+        assert ok.tolist() == [False]
+        assert same(after)
+
+
+def test_nothing_to_do_is_no_error(prompt, feed):
+    _, store = feed(new_store(), prompt, [21, 0, 0, 0])
+    nothing = jnp.asarray([])
+    assert owned(store.hold(nothing).let_go(nothing)) == owned(store)
+    after, ok = store.fork(nothing, nothing)
+    assert ok.shape == (0,)
+    assert owned(after) == owned(store)
+    empty = jnp.zeros((0, 2, 16))
+    assert paxattn.write_pages(store.layers[0], empty, empty, nothing).k.shape == store.layers[0].k.shape
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_would_read_or_write_anothers_pages_is_refused(rng):
+    def create(**options):
+        return PagedKV.create(1, 2, 8, max_seqs=2, max_len=64, page_size=P, dtype=jnp.float32, **options)
+
+    x = jnp.ones((24, 2, 8))
+    begun, _ = create(window=8).extend(jnp.asarray([24, 0]), 24)
+    for window in (None, 9, (8, 0)):
+        with pytest.raises(ValueError, match=r"^window: got .*at most 8"):
+            begun.attend(0, x, x, x, window=window)
+    for call in (
+        lambda: begun.release(jnp.asarray([True, False])),
+        lambda: begun.fork(jnp.asarray([0]), jnp.asarray([1])),
+        lambda: begun.adopt(jnp.asarray([1]), jnp.asarray([[0]]), jnp.asarray([1])),
+        lambda: begun.let_go(jnp.asarray([0])),
+    ):
+        with pytest.raises(ValueError, match=r"^store: got one with a step under way"):
+            call()
+    _, store = begun.attend(0, x, x, x, window=8)
+    _, swapped = paxattn.swap_out(store.end_step(), np.int64(0))
+    assert swapped.dropped > 0
+    for other in (create(), create(window=9)):
+        with pytest.raises(ValueError, match=r"^swapped: got"):
+            paxattn.swap_in(other, swapped, 1)
+    assert paxattn.swap_in(create(window=5), swapped, 1)[1]
+
+
+def test_half_precision_keys_of_any_size_are_compressed():
+    x = jnp.full((1, 2, 64), 20000, jnp.float16)
+    pages = paxattn.write_pages(paxattn.init_pages(1, 4, 2, 64, "int8"), x, x, jnp.arange(1))
+    assert all(bool(jnp.isfinite(leaf.astype(jnp.float32)).all()) for leaf in jax.tree.leaves(pages))

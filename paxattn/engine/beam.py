@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from paxattn import checks
-from paxattn.engine.generate import Model, last_hidden, pack, require_fork
+from paxattn.engine.generate import Model, Stopping, bucket, last_hidden, pack, require_fork, stopping
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,24 @@ class _Hypotheses:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """Beam w of prompt b is the store's row b * W + w. `alive` scores are plain log-probabilities."""
+    """Beam w of prompt b is the store's row b * W + w, in no order. `alive` scores are plain log-probabilities."""
 
     kv: Any
     alive: _Hypotheses
     done: _Hypotheses
     count: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Rule:
+    """When hypotheses end, and how they are scored."""
+
+    stopping: Stopping
+    penalty: Array
+
+    def score(self, log_probability: Array, length: Array) -> Array:
+        return log_probability / length.astype(jnp.float32) ** self.penalty
 
 
 def beam_search(
@@ -82,7 +94,7 @@ def beam_search(
       num_beams: W
       max_new_tokens: at least 1.
       stop_ids: tokens that end a hypothesis.
-      length_penalty: score = log-probability / length ** length_penalty, at least 0; 0 prefers short ones.
+      length_penalty: score = log-probability / length ** length_penalty, from 0 to 10; 0 prefers short ones.
 
     Returns:
       For each prompt up to num_beams Beams, the best first.
@@ -93,14 +105,15 @@ def beam_search(
     """
     checks.check_positive_int("num_beams", num_beams)
     checks.check_positive_int("max_new_tokens", max_new_tokens)
-    checks.require(length_penalty >= 0, "length_penalty", length_penalty, "at least 0")
+    penalty = checks.static_float("length_penalty", length_penalty)
+    checks.require(0 <= penalty <= 10, "length_penalty", length_penalty, "from 0 to 10")
     require_fork(kv, "beam_search")
     tokens, q_lens = pack(kv, prompts, max_new_tokens, num_beams)
     lens = np.zeros(kv.max_seqs, np.int32)
     lens[: len(prompts) * num_beams : num_beams] = np.asarray(q_lens)[: len(prompts)]
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    sizes = len(prompts), num_beams, max_new_tokens
-    _, done = _search(model, params, kv, tokens, jnp.asarray(lens), stops, jnp.float32(length_penalty), sizes)
+    rule = _Rule(stopping(stop_ids, max_new_tokens), jnp.float32(penalty))
+    sizes = len(prompts), num_beams, bucket(max_new_tokens)
+    _, done = _search(model, params, kv, tokens, jnp.asarray(lens), rule, sizes)
     return [_beams(np.asarray(done.ids[i]), np.asarray(done.score[i])) for i in range(len(prompts))]
 
 
@@ -109,9 +122,9 @@ def _beams(ids: np.ndarray, score: np.ndarray) -> list[Beam]:
 
 
 @partial(jax.jit, static_argnames=("model", "sizes"), donate_argnames=("kv",))
-def _search(model, params, kv, tokens, q_lens, stops, penalty, sizes) -> tuple[Any, _Hypotheses]:
+def _search(model, params, kv, tokens, q_lens, rule, sizes) -> tuple[Any, _Hypotheses]:
     prompts, beams, most = sizes
-    advance = partial(_advance, model, params, stops, penalty)
+    advance = partial(_advance, model, params, rule)
     kv, ok = kv.extend(q_lens, num_tokens=tokens.shape[0])
     alive = _Hypotheses.none(prompts, beams, most)
     alive = replace(alive, score=alive.score.at[:, 0].set(0.0))
@@ -124,43 +137,55 @@ def _search(model, params, kv, tokens, q_lens, stops, penalty, sizes) -> tuple[A
         newest = jnp.zeros_like(going).at[: prompts * beams].set(state.alive.ids[:, :, state.count - 1].reshape(-1))
         return advance(replace(state, kv=kv), jnp.maximum(newest, 0)[kv.batch.rows], ok)
 
-    def may_improve(state):
-        bound = jnp.max(state.alive.score, axis=1) / jnp.float32(most) ** penalty
-        return (state.count < most) & jnp.any(bound > state.done.score[:, -1])
-
-    state = lax.while_loop(may_improve, body, advance(first, tokens, ok))
+    state = lax.while_loop(lambda state: jnp.any(state.alive.score > -jnp.inf), body, advance(first, tokens, ok))
     return state.kv, state.done
 
 
-def _advance(model, params, stops, penalty, state: _State, tokens: Array, ok: Array) -> _State:
+def _advance(model, params, rule, state: _State, tokens: Array, ok: Array) -> _State:
     """Run the store's batch and go on with the best of all beams' next tokens."""
-    prompts, beams, most = state.alive.ids.shape
+    prompts, beams, _ = state.alive.ids.shape
     hidden, kv = model(params, tokens, state.kv.batch.positions, state.kv)
     last, kv = last_hidden(hidden, kv.batch)[: prompts * beams], kv.end_step()
     score = jnp.where(ok[: prompts * beams].reshape(prompts, beams), state.alive.score, -jnp.inf)
     chances = jax.nn.log_softmax(model.logits(params, last), axis=-1).reshape(prompts, beams, -1)
     # Twice as many as beams, so that enough are left to go on from where some of them stop.
-    total = (score[:, :, None] + chances).reshape(prompts, -1)
-    total, which = lax.top_k(total, 2 * beams)
+    total, which = lax.top_k((score[:, :, None] + chances).reshape(prompts, -1), 2 * beams)
     parent, token = which // chances.shape[-1], (which % chances.shape[-1]).astype(jnp.int32)
     ids = jnp.take_along_axis(state.alive.ids, parent[:, :, None], axis=1).at[:, :, state.count].set(token)
 
-    count = state.count + 1
-    ends = jnp.isin(token, stops) | (count >= most)
-    ended = _Hypotheses(ids, jnp.where(ends, total / count.astype(jnp.float32) ** penalty, -jnp.inf))
-    going, order = lax.top_k(jnp.where(ends, -jnp.inf, total), beams)
-    kv, kept = _fork(kv, jnp.take_along_axis(parent, order, axis=1), going)
-    alive = _Hypotheses(
-        jnp.take_along_axis(ids, order[:, :, None], axis=1), jnp.where(kept.reshape(prompts, beams), going, -jnp.inf)
-    )
-    return _State(kv, alive, state.done.merge(ended), count)
+    count, limit = state.count + 1, rule.stopping.max_new_tokens
+    ends = jnp.isin(token, rule.stopping.stop_ids) | (count >= limit)
+    done = state.done.merge(_Hypotheses(ids, jnp.where(ends, rule.score(total, count), -jnp.inf)))
+    # A beam that could not enter the results any more, however likely its further tokens, ends here.
+    hopeless = rule.score(total, limit) <= done.score[:, -1:]
+    going, order = lax.top_k(jnp.where(ends | hopeless, -jnp.inf, total), beams)
+    alive = _Hypotheses(jnp.take_along_axis(ids, order[:, :, None], axis=1), going)
+    kv, alive = _fork(kv, alive, jnp.take_along_axis(parent, order, axis=1))
+    return _State(kv, alive, done, count)
 
 
-def _fork(kv: Any, parent: Array, score: Array) -> tuple[Any, Array]:
-    """Beam w of each prompt goes on from its beam parent[b,w]. Rows that no beam goes on from make room first."""
+def _fork(kv: Any, alive: _Hypotheses, parent: Array) -> tuple[Any, _Hypotheses]:
+    """Give each beam a row that goes on from its beam parent[b,w].
+
+    A parent's first child stays in its row, the others take rows that no beam goes on from. Those make room first,
+    so that a step of beams never needs more pages than it had.
+    """
     prompts, beams = parent.shape
-    rows = jnp.arange(prompts * beams)
-    src = rows // beams * beams + parent.reshape(-1)
-    going = score.reshape(-1) > -jnp.inf
-    parents = jnp.zeros(kv.max_seqs, bool).at[jnp.where(going, src, kv.max_seqs)].set(True, mode="drop")
-    return kv.release(~parents).fork(src, jnp.where(going, rows, -1))
+    going = alive.score > -jnp.inf
+    row = jnp.arange(beams)
+    twins = (parent[:, :, None] == parent[:, None, :]) & going[:, None, :]
+    stays = going & ~jnp.any(twins & (row[None, :, None] > row[None, None]), axis=2)
+    taken = jnp.any(stays[:, :, None] & (parent[:, :, None] == row[None, None]), axis=1)
+    others = jnp.argsort(taken, axis=1, stable=True)
+    rank = jnp.cumsum(~stays, axis=1) - 1
+    place = jnp.where(stays, parent, jnp.take_along_axis(others, jnp.maximum(rank, 0), axis=1))
+
+    back = jnp.argsort(place, axis=1)
+    alive = _Hypotheses(
+        jnp.take_along_axis(alive.ids, back[:, :, None], axis=1), jnp.take_along_axis(alive.score, back, axis=1)
+    )
+    src = jnp.take_along_axis(parent, back, axis=1) + beams * jnp.arange(prompts)[:, None]
+    dst = jnp.where(alive.score > -jnp.inf, jnp.arange(prompts * beams).reshape(prompts, beams), -1)
+    parents = jnp.zeros(kv.max_seqs, bool).at[: prompts * beams].set(taken.reshape(-1))
+    kv, ok = kv.release(~parents).fork(src.reshape(-1), dst.reshape(-1))
+    return kv, replace(alive, score=jnp.where(ok.reshape(prompts, beams), alive.score, -jnp.inf))

@@ -108,7 +108,7 @@ def generate(
     """
     inputs = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids, num_samples)
     state, *_ = _prefill(model, params, kv, *inputs)
-    out, state = _loop(model, params, state, _bucket(max_new_tokens))
+    out, state = _loop(model, params, state, bucket(max_new_tokens))
     out, reason = np.asarray(out), np.asarray(state.reason)
     rows = [i + j * len(prompts) for i in range(len(prompts)) for j in range(num_samples)]
     return [Generation(_valid(out[r]), REASONS[reason[r]]) for r in rows]
@@ -257,11 +257,24 @@ def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids, num_samples=1):
     checks.check_positive_int("max_new_tokens", max_new_tokens)
     checks.check_positive_int("num_samples", num_samples)
     tokens, q_lens = pack(kv, prompts, max_new_tokens, num_samples)
-    stops = np.full(_bucket(len(stop_ids)), -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
-    stopping = Stopping(jnp.asarray(stops), jnp.int32(max_new_tokens))
+    rule = stopping(stop_ids, max_new_tokens)
     parents = None if num_samples == 1 else _parents(kv, len(prompts), num_samples)
-    return tokens, q_lens, parents, (sampling or Sampling()).checked(), stopping
+    return tokens, q_lens, parents, (sampling or Sampling()).checked(), rule
+
+
+def stopping(stop_ids: Sequence[int], max_new_tokens: int) -> Stopping:
+    """Checked and padded.
+
+    Raises:
+      ValueError: stop_ids are not token ids.
+    """
+    ids = np.asarray(stop_ids)
+    whole = ids.ndim == 1 and (ids.size == 0 or np.issubdtype(ids.dtype, np.integer))
+    known = whole and bool(np.all((ids >= 0) & (ids < 2**31)))
+    checks.require(known, "stop_ids", repr(stop_ids), "a sequence of token ids")
+    padded = np.full(bucket(len(ids)), -1, np.int32)
+    padded[: len(ids)] = ids
+    return Stopping(jnp.asarray(padded), jnp.int32(max_new_tokens))
 
 
 def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_each: int = 1) -> tuple[Array, Array]:
@@ -287,7 +300,7 @@ def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_ea
             f"short enough that with max_new_tokens={max_new_tokens} it fits the store's {kv.capacity} a row",
         )
     lens = [len(prompt) for prompt in prompts]
-    tokens = np.zeros(_bucket(sum(lens)), np.int32)
+    tokens = np.zeros(bucket(sum(lens)), np.int32)
     tokens[: sum(lens)] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
     q_lens = np.zeros(kv.max_seqs, np.int32)
     q_lens[: len(lens)] = lens
@@ -308,7 +321,7 @@ def require_fork(kv: Any, name: str) -> None:
         raise NotImplementedError(f"{name}: {type(kv).__name__} cannot fork rows, PagedKV can")
 
 
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
     """n rounded up to one of four steps between powers of two, at least 16: at most a quarter is padding."""
     unit = max(16, (1 << max(n - 1, 1).bit_length()) // 8)
     return max(unit, -(-n // unit) * unit)

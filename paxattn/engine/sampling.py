@@ -32,15 +32,17 @@ class Sampling:
         Raises:
           ValueError: a value is out of range; the message names it.
         """
-        checks.require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
-        checks.require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
-        checks.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        checks.require(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and below 2**32")
+        temperature, top_p = float(self.temperature), float(self.top_p)
+        top_k, seed = int(self.top_k), int(self.seed)
+        checks.require(temperature >= 0, "temperature", temperature, "at least 0")
+        checks.require(top_k >= 0, "top_k", top_k, "at least 0")
+        checks.require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+        checks.require(0 <= seed < 2**32, "seed", seed, "at least 0 and below 2**32")
         return Sampling(
-            jnp.float32(self.temperature),
-            jnp.int32(self.top_k),
-            jnp.float32(self.top_p),
-            jnp.uint32(self.seed),
+            jnp.float32(temperature),
+            jnp.int32(top_k),
+            jnp.float32(top_p),
+            jnp.uint32(seed),
         )
 
 

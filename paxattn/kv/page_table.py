@@ -94,7 +94,8 @@ class PageTable:
         """Grow row r to hold lens[r] tokens; rows that hold as many already stay as they are.
 
         Rows are served in order, each wholly or not at all: ok[r] is False, and row r unchanged, where too few
-        pages are left or the row would outgrow M pages. Later rows that fit are still served (see `_grant`).
+        pages are left or the row would outgrow M pages. Later rows that fit are still served, up to some number of
+        refusals (see `_grant`).
         """
         checks.check_ints("lens", lens, self.lens.shape, "R")
         want = jnp.maximum(lens.astype(jnp.int32), self.lens)
@@ -143,16 +144,18 @@ class PageTable:
         All pairs happen at once, from the rows as they were (a permutation of rows is one call, as beam search
         needs it). Full pages are shared. A partly filled last page would be written by both, so dst gets a page
         of its own for it, and `copies` says what to copy there. A pair with a negative dst is skipped; no dst
-        may stand twice. Where no page is left, copies.ok is False and that dst stays as it was.
+        may stand twice. Where no page is left, or there is no such row, copies.ok is False and nothing changes.
         """
         checks.check_rank("src", src, "F")
         checks.check_ints("src", src, src.shape, "F")
         checks.check_ints("dst", dst, src.shape, "F")
-        moves = (dst >= 0) & (src != dst)
+        src, dst = src.astype(jnp.int32), dst.astype(jnp.int32)
+        known = (src >= 0) & (src < len(self.lens)) & (dst < len(self.lens))
+        moves = (dst >= 0) & (src != dst) & known
         lens, dropped = self.lens[src], self.dropped[src]
         pages = self._pages(lens)
         partial = moves & (lens % self.page_size != 0)
-        ok = _grant(partial.astype(jnp.int32), jnp.ones_like(moves), self.num_free)
+        ok = _grant(partial.astype(jnp.int32), known | (dst < 0), self.num_free)
         moves, partial = moves & ok, partial & ok
 
         own = self._next_free(jnp.cumsum(partial, dtype=jnp.int32) - 1)
@@ -179,7 +182,8 @@ class PageTable:
         """Give the empty row rows[i] the first counts[i] of pages[i] as its own, full, shared with their owners.
 
         As a prefix cache finds them again. A negative row is skipped; no row may stand twice. ok[i] is False,
-        and nothing changes, where the row is not empty, counts[i] > M, or a page has no owner.
+        and nothing changes, where the row is not there or not empty, where counts[i] is no number of pages that
+        are given and fit a row, or where a page has no owner.
         """
         checks.check_rank("rows", rows, "F")
         checks.check_ints("rows", rows, rows.shape, "F")
@@ -187,10 +191,12 @@ class PageTable:
         checks.check_ints("pages", pages, (len(rows), pages.shape[1]), "F C")
         checks.check_ints("counts", counts, rows.shape, "F")
         width = self.page_table.shape[1]
-        pages = jnp.pad(pages.astype(jnp.int32), ((0, 0), (0, max(0, width - pages.shape[1]))))[:, :width]
+        short = max(0, width - pages.shape[1])
+        pages = jnp.pad(pages.astype(jnp.int32), ((0, 0), (0, short)), constant_values=-1)[:, :width]
         given = jnp.arange(width)[None, :] < counts[:, None]
         known = (pages >= 0) & (pages < self.num_pages) & (self.owners[pages] > 0)
-        ok = (self.lens[rows] == 0) & (counts <= width) & jnp.all(known | ~given, axis=1)
+        fits = (rows < len(self.lens)) & (counts >= 0) & (counts <= width)
+        ok = (rows < 0) | (fits & (self.lens[rows] == 0) & jnp.all(known | ~given, axis=1))
         into = jnp.where(ok & (rows >= 0), rows, len(self.lens))
         counts = jnp.where(ok & (rows >= 0), counts, 0).astype(jnp.int32)
         table = replace(
@@ -202,7 +208,7 @@ class PageTable:
         return table, ok
 
     def hold(self, pages: Int[Array, "X"]) -> "PageTable":
-        """One owner more for each of these pages, which outlive their rows so; a negative or free page is skipped."""
+        """One owner more for each of these full pages, which outlive their rows so. Free and negative: skipped."""
         checks.check_rank("pages", pages, "X")
         checks.check_ints("pages", pages, pages.shape, "X")
         return replace(self, owners=jnp.where(self.owners > 0, self.owners + self._tally(pages), self.owners))
@@ -227,7 +233,7 @@ class PageTable:
 
     def _tally(self, pages: Array) -> Array:
         """i32 [N]: how often each page stands in pages; negative ones do not count."""
-        pages = jnp.where(pages < 0, self.num_pages, pages)
+        pages = jnp.where(pages < 0, self.num_pages, pages).astype(jnp.int32)
         return jnp.zeros_like(self.owners).at[pages].add(1, mode="drop")
 
     def _let_go(self, gone: Array) -> "PageTable":
@@ -256,6 +262,6 @@ def _grant(need: Array, possible: Array, num_free: Array, rounds: int = 4) -> Ar
     for _ in range(rounds):
         total = used(granted)
         over = total > num_free
-        left = num_free - jnp.max(jnp.where(over, 0, total))
+        left = num_free - jnp.max(jnp.where(over, 0, total), initial=0)
         granted &= ~(over & (need > left))
     return granted & ((need == 0) | (used(granted) <= num_free))

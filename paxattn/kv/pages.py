@@ -27,8 +27,8 @@ class KVPages:
 
     Fields:
       k, v: [N,P,K,D], bfloat16, float16, float32, int8 or float8_e4m3fn
-      k_scale, v_scale: float16 [N,P,K,C] where k and v are compressed, else None; C is D / 16 for keys (1 where
-        that is not whole) and 1 for values
+      k_scale, v_scale: float16 [N,P,K,C] where k and v are compressed (what is below about 1e-5 is lost), else None;
+        C is D / 16 for keys (1 where that is not whole) and 1 for values
     """
 
     k: Array
@@ -99,8 +99,8 @@ def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
     """[T,K,D] as the pages hold them."""
     if pages.k_scale is None or pages.v_scale is None:
         return KVPages(k.astype(pages.k.dtype), v.astype(pages.v.dtype))
-    k, k_scale = _compress(rotate(k), pages.k.dtype, pages.k_scale.shape[-1])
-    v, v_scale = _compress(rotate(v), pages.v.dtype, pages.v_scale.shape[-1])
+    k, k_scale = _compress(rotate(k.astype(jnp.float32)), pages.k.dtype, pages.k_scale.shape[-1])
+    v, v_scale = _compress(rotate(v.astype(jnp.float32)), pages.v.dtype, pages.v_scale.shape[-1])
     return KVPages(k, v, k_scale, v_scale)
 
 
@@ -108,7 +108,7 @@ def rotate(x: Array) -> Array:
     """x [...,D] times a Hadamard matrix, which is orthogonal and its own inverse.
 
     Of queries and keys both, it leaves q k as it is; of values, the output is rotated back. Where D is no power of
-    two, by blocks of the largest one that divides it.
+    two, by blocks of the largest one that divides it. Numbers may grow by the square root of a block.
     """
     dim = x.shape[-1]
     size = dim & -dim
@@ -150,7 +150,7 @@ def copy_pages(pages: KVPages, src: Int[Array, "F"], dst: Int[Array, "F"]) -> KV
     checks.check_rank("src", src, "F")
     checks.check_ints("src", src, src.shape, "F")
     checks.check_ints("dst", dst, src.shape, "F")
-    return put_pages(pages, dst, jax.tree.map(lambda x: x[jnp.maximum(src, 0)], pages))
+    return put_pages(pages, dst, jax.tree.map(lambda x: x[jnp.maximum(src, 0).astype(jnp.int32)], pages))
 
 
 def take_pages(pages: KVPages, ids: Array) -> KVPages:
@@ -176,7 +176,8 @@ def clear_pages(pages: KVPages, ids: Array) -> KVPages:
 
 def _put(into: Array, at: tuple[Array, ...], valid: Array, x: Array) -> Array:
     """into[at] = x where valid, in place."""
-    if len(x) > 1:
+    if len(x) != 1:
+        at = tuple(i.astype(jnp.int32) for i in at)
         return into.at[(jnp.where(valid, at[0], len(into)), *at[1:])].set(x, mode="drop")
     # Of a scatter of one row XLA makes a select over all pages, and without the barrier it writes once a reader.
     first = tuple(jnp.where(valid[0], i[0], 0) for i in at)

@@ -200,6 +200,12 @@ class PagedKV(_Store):
     def lens(self) -> Array:
         return self.table.lens
 
+    def attend(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Self]:
+        left, _ = checks.window_bounds(options.get("window"), causal=True)
+        bounded = self.window is None or (left is not None and left < self.window)
+        checks.require(bounded, "window", options.get("window"), f"at most {self.window}, the store's")
+        return super().attend(layer, q, k, v, **options)
+
     def _grow(self, lens: Array) -> tuple["PagedKV", Array]:
         table, ok = self.table.reserve(lens)
         return replace(self, table=table), ok
@@ -212,10 +218,12 @@ class PagedKV(_Store):
 
     def release(self, mask: Array) -> "PagedKV":
         """Drop the rows where mask [R] is True."""
+        self.check_at_rest()
         return self._given_back(self.table.release(mask))
 
     def fork(self, src: Array, dst: Array) -> tuple["PagedKV", Array]:
         """Row dst[i] goes on from row src[i], sharing its full pages; ok [F] as in PageTable.fork."""
+        self.check_at_rest()
         table, copies = self.table.fork(src, dst)
         layers = tuple(copy_pages(pages, copies.src, copies.dst) for pages in self.layers)
         taken = jnp.sum(copies.dst >= 0, dtype=jnp.int32)
@@ -223,6 +231,7 @@ class PagedKV(_Store):
 
     def adopt(self, rows: Array, pages: Array, counts: Array) -> tuple["PagedKV", Array]:
         """Empty rows go on from full pages that are in memory; as PageTable.adopt."""
+        self.check_at_rest()
         table, ok = self.table.adopt(rows, pages, counts)
         return replace(self, table=table), ok
 
@@ -232,7 +241,12 @@ class PagedKV(_Store):
 
     def let_go(self, pages: Array) -> "PagedKV":
         """Undo `hold`."""
+        self.check_at_rest()
         return self._given_back(self.table.let_go(pages))
+
+    def check_at_rest(self) -> None:
+        """Raise a ValueError between `extend` and `end_step`: the batch knows where its tokens go."""
+        checks.require(self.batch is None, "store", "one with a step under way", "one after end_step")
 
     def _given_back(self, table: PageTable, taken: Array | int = 0) -> Self:
         """With a table to whose stack pages went back, after `taken` came off it."""

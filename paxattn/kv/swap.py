@@ -20,11 +20,13 @@ class SwappedRow:
       layers: L x KVPages of C pages, the row's and then zeros up to a power of two.
       length: tokens of the row, those on dropped pages included.
       dropped: pages that a sliding window had given back.
+      window: the store's.
     """
 
     layers: tuple[KVPages, ...]
     length: int
     dropped: int
+    window: int | None
 
 
 def swap_out(store: PagedKV, row: int) -> tuple[PagedKV, SwappedRow]:
@@ -40,7 +42,7 @@ def swap_out(store: PagedKV, row: int) -> tuple[PagedKV, SwappedRow]:
     count = -(-length // store.table.page_size) - dropped
     layers = _take(store.layers, store.table.page_table[row], dropped, count, _bucket(count))
     host = jax.block_until_ready(jax.tree.map(_to_host, layers))
-    return _release(store, row), SwappedRow(host, length, dropped)
+    return _release(store, row), SwappedRow(host, length, dropped, store.window)
 
 
 def swap_in(store: PagedKV, swapped: SwappedRow, row: int) -> tuple[PagedKV, bool]:
@@ -61,8 +63,8 @@ def swap_in(store: PagedKV, swapped: SwappedRow, row: int) -> tuple[PagedKV, boo
 
 def _check(store: PagedKV, row: int) -> None:
     checks.require(isinstance(store, PagedKV), "store", type(store).__name__, "a PagedKV")
-    checks.require(store.batch is None, "store", "one with a step under way", "one after end_step")
-    known = isinstance(row, int) and 0 <= row < store.max_seqs
+    store.check_at_rest()
+    known = checks.is_int(row) and 0 <= row < store.max_seqs
     checks.require(known, "row", repr(row), f"an int from 0 to {store.max_seqs - 1}")
 
 
@@ -70,7 +72,10 @@ def _check_kind(store: PagedKV, swapped: SwappedRow) -> None:
     def kind(layers):
         return jax.tree.map(lambda x: (x.shape[1:], x.dtype.name), layers, is_leaf=lambda x: hasattr(x, "dtype"))
 
+    checks.require(isinstance(swapped, SwappedRow), "swapped", type(swapped).__name__, "a SwappedRow")
     checks.require(kind(swapped.layers) == kind(store.layers), "swapped", "pages of another kind", "the store's own")
+    there = swapped.dropped == 0 or (store.window or store.capacity) <= (swapped.window or 0)
+    checks.require(there, "swapped", f"a row without what lies behind {swapped.window}", "of a window as large")
 
 
 def _bucket(count: int) -> int:
