@@ -102,8 +102,10 @@ def _arrays(tree: Any) -> dict[str, Array]:
 def _array(path: Any, x: Any) -> Array:
     """Without x64, jax would cut a NumPy array of 64 bits to 32 and say nothing."""
     array = jnp.asarray(x)
-    whole = not hasattr(x, "dtype") or array.dtype == x.dtype
-    checks.require(whole, "tree", f"{x.dtype} at {jax.tree_util.keystr(path)}", f"{array.dtype} without x64")
+    given = getattr(x, "dtype", array.dtype)
+    checks.require(
+        given == array.dtype, "tree", f"{given} at {jax.tree_util.keystr(path)}", f"{array.dtype} without x64"
+    )
     return array
 
 
