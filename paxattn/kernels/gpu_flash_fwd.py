@@ -1,0 +1,528 @@
+"""flash_attention forward on Hopper: Pallas Mosaic GPU, TMA and WGMMA (FlashAttention-3, Shah et al. 2024).
+
+One persistent block an SM takes (batch, head, query tile) items in a fixed order, the longest first. A producer
+warp streams K and V through a ring of slots, without a break from one item to the next; two or three consumer
+warpgroups of 64 query rows take turns on the tensor cores, so that the softmax of one runs under the products of
+the others, and each issues QK^T of a block together with PV of the block before.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paxattn.kernels import hopper, tiles
+from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
+
+LOG2E = math.log2(math.e)
+ROWS = 64  # query rows of a warpgroup
+NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
+L2_BYTES = 32 * 2**20  # keys and values that items running together may share in the L2 cache
+
+
+@dataclass(frozen=True)
+class Config:
+    block_kv: int = 128
+    stages: int = 2
+    warpgroups: int = 2
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.warpgroups
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is static in a call."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_dim: int
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.kv_len - self.q_len
+
+    @property
+    def shaped(self) -> bool:
+        """Whether scores need more than a positive factor before exp2."""
+        return self.softcap is not None or self.scale <= 0
+
+    @property
+    def exponent(self) -> float:
+        """The factor that exp2 sees."""
+        if self.softcap is not None:
+            return self.softcap * LOG2E
+        return LOG2E * (1.0 if self.scale <= 0 else self.scale)
+
+
+def config_for(problem: Problem) -> Config:
+    if problem.head_dim > 192:
+        return Config(block_kv=64, stages=2)
+    if problem.head_dim > 128:
+        return Config()
+    if problem.head_dim <= 64:
+        return Config(block_kv=128, stages=3, warpgroups=3)
+    return Config()
+
+
+def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
+    """q [B,T,H,D], k [B,S,K,D], v [B,S,K,Dv] -> out [B,T,H,Dv], lse float32 [B,H,T padded to whole tiles]."""
+    q_tiles = tiles.cdiv(problem.q_len, config.block_q)
+    padded = q_tiles * config.block_q
+    out_type = (
+        jax.ShapeDtypeStruct((problem.batch, problem.q_len, problem.heads, problem.v_dim), q.dtype),
+        jax.ShapeDtypeStruct((problem.batch, problem.heads, padded), jnp.float32),
+    )
+    bounds = None
+    if q_seg is not None:
+        q_seg = _pad(q_seg, padded)
+        kv_seg = _pad(kv_seg, tiles.cdiv(problem.kv_len, config.block_kv) * config.block_kv)
+        bounds = segment_bounds(problem, config, q_seg, kv_seg)
+    extra = [x for x in (sinks, q_seg, kv_seg, bounds) if x is not None]
+    items = problem.batch * problem.heads * q_tiles
+    ctas = min(num_sms, items)
+    return plgpu.kernel(
+        partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None),
+        out_type=out_type,
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=config.warpgroups + 1,
+        thread_name="wg",
+        scratch_types=_scratch(problem, config, q.dtype),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(q, k, v, *extra)
+
+
+def _pad(segments: Array, length: int) -> Array:
+    return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, length - segments.shape[1])), mode="edge")
+
+
+def _scratch(problem: Problem, config: Config, dtype) -> dict:
+    qk, vo = tiles.cdiv(problem.head_dim, CHUNK), tiles.cdiv(problem.v_dim, CHUNK)
+    wgs, stages = config.warpgroups, config.stages
+    return dict(
+        q=hopper.tile(wgs, qk, ROWS, CHUNK, dtype=dtype),
+        k=hopper.tile(stages, qk, config.block_kv, CHUNK, dtype=dtype),
+        v=hopper.tile(stages, vo, config.block_kv, CHUNK, dtype=dtype),
+        out=hopper.tile(wgs, min(vo, 1 if qk + vo == 5 else 2), ROWS, CHUNK, dtype=dtype),
+        lse=plgpu.SMEM((wgs, ROWS), jnp.float32),
+        q_full=plgpu.Barrier(num_arrivals=qk, num_barriers=wgs),
+        q_free=plgpu.Barrier(num_barriers=wgs),
+        k_full=plgpu.Barrier(num_arrivals=qk, num_barriers=stages),
+        v_full=plgpu.Barrier(num_arrivals=vo, num_barriers=stages),
+    )
+
+
+@dataclass(frozen=True)
+class Item:
+    """Traced: a query tile and the KV blocks from lo on that it visits, the last one first."""
+
+    batch: Array
+    head: Array
+    tile: Array
+    q_start: Array
+    lo: Array
+    blocks: Array
+
+
+def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_segments: bool, *refs, **smem):
+    q, k, v, *rest, out, lse = refs
+    rest = iter(rest)
+    sinks = next(rest) if has_sinks else None
+    q_seg, kv_seg, bounds = (next(rest), next(rest), next(rest)) if has_segments else (None, None, None)
+    wg = lax.axis_index("wg")
+    plan = Plan(problem, config, ctas, bounds)
+
+    @pl.when(wg < config.warpgroups)
+    def _consumers():
+        plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
+        Consumer(problem, config, wg, smem, sinks, q_seg, kv_seg, bounds, out, lse).run(plan)
+
+    @pl.when(wg == config.warpgroups)
+    def _producer():
+        plgpu.set_max_registers(24 if config.warpgroups == 2 else 32, action="decrease")
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which items a block takes, in which order.
+
+    Heads that share KV run side by side, in sections whose K and V fit the L2 cache. In a section the tiles are in
+    the order of their work, longest first in the last section, shortest first in the one before it, and so on, and
+    are dealt to the blocks to and fro: what the blocks get differs by little, and the last items are short.
+    """
+
+    problem: Problem
+    config: Config
+    ctas: int
+    bounds: object
+
+    @property
+    def q_tiles(self) -> int:
+        return tiles.cdiv(self.problem.q_len, self.config.block_q)
+
+    @property
+    def items(self) -> int:
+        return self.problem.batch * self.problem.heads * self.q_tiles
+
+    def count(self) -> Array:
+        """How many items this block takes; at least one."""
+        rounds = tiles.cdiv(self.items, self.ctas)
+        return jnp.where(self._index(rounds - 1) < self.items, rounds, rounds - 1)
+
+    def _index(self, turn):
+        cta = lax.axis_index("cta")
+        return turn * self.ctas + jnp.where(turn % 2 == 0, cta, self.ctas - 1 - cta)
+
+    def item(self, turn: Array) -> Item:
+        problem, q_tiles = self.problem, self.q_tiles
+        pairs, group = problem.batch * problem.heads, problem.heads // problem.kv_heads
+        kv_bytes = 2 * problem.kv_len * (problem.head_dim + problem.v_dim)
+        section = min(pairs, max(L2_BYTES // kv_bytes, 1, tiles.cdiv(self.ctas, q_tiles * group)) * group)
+        which, rest = _divide(self._index(turn), section * q_tiles)
+        rank, pair = _divide(rest, jnp.minimum(section, pairs - which * section))
+        batch, head = _divide(which * section + pair, problem.heads)
+        rising = (tiles.cdiv(pairs, section) - 1 - which) % 2 == 1
+        rank = jnp.where(rising, q_tiles - 1 - rank, rank)
+        if self.bounds is None:
+            tile = q_tiles - 1 - rank if problem.right is not None else rank
+            lo, hi = block_range(problem, self.config.block_kv, tile * self.config.block_q, self.config.block_q)
+        else:
+            tile = self.bounds[batch, 4, rank]
+            lo, hi = self.bounds[batch, 0, tile], self.bounds[batch, 1, tile]
+        return Item(batch, head, tile, tile * self.config.block_q, lo, hi - lo)
+
+
+def _divide(x, by):
+    by = jnp.asarray(by, jnp.int32)
+    return lax.div(x, by), lax.rem(x, by)
+
+
+def block_range(problem: Problem, block_kv: int, q_start, rows: int):
+    """KV blocks [lo, hi) that some of `rows` queries from q_start on may see; never empty."""
+    blocks = tiles.cdiv(problem.kv_len, block_kv)
+    first = q_start + problem.offset
+    last = first + rows - 1
+    lo = jnp.zeros_like(q_start) if problem.left is None else (first - problem.left) // block_kv
+    hi = jnp.full_like(q_start, blocks) if problem.right is None else (last + problem.right) // block_kv + 1
+    lo = jnp.clip(lo, 0, blocks - 1)
+    return lo, jnp.clip(hi, lo + 1, blocks)
+
+
+def open_range(problem: Problem, block_kv: int, q_start, rows: int):
+    """KV blocks [lo, hi) that all of `rows` queries from q_start on see every key of; may be empty."""
+    first = q_start + problem.offset
+    last = first + rows - 1
+    lo = jnp.zeros_like(q_start) if problem.left is None else -((problem.left - last) // block_kv)
+    hi = jnp.full_like(q_start, problem.kv_len // block_kv)
+    if problem.right is not None:
+        hi = jnp.minimum(hi, (first + problem.right + 1) // block_kv)
+    return lo, hi
+
+
+def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> Array:
+    """int32 [B,5,tiles]: of each query tile the KV blocks [0, 1) that it visits and those [2, 3) that are of one
+    segment with all of it; in 4 the tiles in the order of work, longest first.
+
+    XLA fuses the comparisons into the reductions: nothing of the size of tiles x blocks is in memory.
+    """
+    q_low, q_high = _extremes(q_seg, config.block_q)
+    kv_low, kv_high = _extremes(kv_seg, config.block_kv)
+    tile, block = jnp.arange(q_low.shape[1]), jnp.arange(kv_low.shape[1])
+    lo, hi = block_range(problem, config.block_kv, tile * config.block_q, config.block_q)
+    meet = (kv_low[:, None] <= q_high[..., None]) & (kv_high[:, None] >= q_low[..., None])
+    lo, hi = _span(meet & (block >= lo[:, None]) & (block < hi[:, None]), block)
+    lo, hi = jnp.minimum(lo, block[-1]), jnp.maximum(hi, jnp.minimum(lo, block[-1]) + 1)
+    one = (q_low == q_high)[..., None] & (kv_low == kv_high)[:, None] & (q_low[..., None] == kv_low[:, None])
+    first, last = _span(one, block)
+    unbroken = one.sum(axis=-1) == last - first
+    order = jnp.argsort(lo - hi, axis=1, stable=True)
+    return jnp.stack([lo, hi, first, jnp.where(unbroken, last, first), order], axis=1).astype(jnp.int32)
+
+
+def _extremes(segments: Array, size: int) -> tuple[Array, Array]:
+    blocks = segments.reshape(segments.shape[0], -1, size)
+    return blocks.min(axis=-1), blocks.max(axis=-1)
+
+
+def _span(which: Array, block: Array) -> tuple[Array, Array]:
+    """The smallest [lo, hi) that holds every marked block; lo is beyond the end where there is none."""
+    return jnp.where(which, block, block[-1] + 1).min(axis=-1), jnp.where(which, block + 1, 0).max(axis=-1)
+
+
+def produce(plan: Plan, smem: dict, q, k, v) -> None:
+    """Load the queries of every item and stream its KV blocks, last block first."""
+    problem, config = plan.problem, plan.config
+    q_tile, k_tile, v_tile = smem["q"][0], smem["k"][0], smem["v"][0]
+    threads = 128 * config.warpgroups + 32
+
+    def one_item(turn, count):
+        item = plan.item(turn)
+        kv_head = lax.div(item.head, problem.heads // problem.kv_heads)
+
+        def load_queries():
+            for w in range(config.warpgroups):
+                pl.when(turn > 0)(lambda w=w: plgpu.barrier_wait(smem["q_free"].at[w]))
+                rows = item.q_start + w * ROWS
+                hopper.load_tile(q.at[item.batch, :, item.head], rows, q_tile.at[w], smem["q_full"].at[w])
+
+        def one_block(j, _):
+            slot = lax.rem(count + j, config.stages)
+            start = (item.lo + item.blocks - 1 - j) * config.block_kv
+            refill = count + j >= config.stages
+            pl.when(refill)(lambda: hopper.bar_sync(k_free(config, slot), threads))
+            hopper.load_tile(k.at[item.batch, :, kv_head], start, k_tile.at[slot], smem["k_full"].at[slot])
+            pl.when(j == 0)(load_queries)
+            pl.when(refill)(lambda: hopper.bar_sync(v_free(config, slot), threads))
+            hopper.load_tile(v.at[item.batch, :, kv_head], start, v_tile.at[slot], smem["v_full"].at[slot])
+
+        lax.fori_loop(0, item.blocks, one_block, None)
+        return count + item.blocks
+
+    lax.fori_loop(0, plan.count(), one_item, jnp.int32(0))
+
+
+def k_free(config: Config, slot):
+    return hopper.FIRST_BARRIER + config.warpgroups + slot
+
+
+def v_free(config: Config, slot):
+    return hopper.FIRST_BARRIER + config.warpgroups + config.stages + slot
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A warpgroup's work on its 64 rows of every item."""
+
+    problem: Problem
+    config: Config
+    wg: Array
+    smem: dict
+    sinks: object
+    q_seg: object
+    kv_seg: object
+    bounds: object
+    out: object
+    lse: object
+
+    def run(self, plan: Plan) -> None:
+        pl.when(self.wg == self.config.warpgroups - 1)(lambda: hopper.bar_arrive(hopper.FIRST_BARRIER, 256))
+        items = plan.count()
+
+        def one_item(turn, carry):
+            count, *state = carry
+            item = plan.item(turn)
+            state = self.steps(item, count, tuple(state))
+            count += item.blocks
+            more = turn + 1 < items
+            state = lax.cond(more, lambda: self.join(item, plan.item(turn + 1), count, state), lambda: self.end(item, count, state))
+            return count, *state
+
+        lax.fori_loop(0, items, one_item, (jnp.int32(0), *self.start(plan.item(jnp.int32(0)))))
+        plgpu.wait_smem_to_gmem(0)
+
+    def steps(self, item: Item, count, state):
+        """All blocks but the first: those on the right edge under a mask, the open ones, those on the left edge."""
+        problem, config = self.problem, self.config
+        q_start = item.q_start + self.wg * ROWS
+        lo, hi = open_range(problem, config.block_kv, q_start, ROWS)
+        if self.bounds is not None:
+            lo = jnp.maximum(lo, self.bounds[item.batch, 2, item.tile])
+            hi = jnp.minimum(hi, self.bounds[item.batch, 3, item.tile])
+        end = item.lo + item.blocks
+        edge = jnp.clip(end - hi, 1, item.blocks)
+        inside = jnp.clip(end - jnp.maximum(lo, item.lo), edge, item.blocks)
+        if self.right_edge_spans_blocks():
+            state = lax.fori_loop(1, edge, partial(self.step, item, count, True), state)
+        state = lax.fori_loop(edge, inside, partial(self.step, item, count, False), state)
+        if problem.left is not None or self.bounds is not None:
+            state = lax.fori_loop(inside, item.blocks, partial(self.step, item, count, True), state)
+        return state
+
+    def right_edge_spans_blocks(self) -> bool:
+        problem, config = self.problem, self.config
+        if problem.right is None:
+            return self.bounds is not None
+        return (problem.offset + problem.right) % config.block_kv != 0 or config.block_kv % config.block_q != 0
+
+    def start(self, item: Item):
+        """Scores and softmax of the first block of the first item."""
+        slot = jnp.int32(0)
+        plgpu.barrier_wait(self.smem["q_full"].at[self.wg])
+        plgpu.barrier_wait(self.smem["k_full"].at[slot])
+        self.take_turn()
+        s = self.scores(slot)
+        self.pass_turn()
+        s = hopper.wait(0, s)
+        self.scores_done(item, 0, slot)
+        p, m, l = self.first_softmax(s, item)
+        return self.nothing(), m, l, p.astype(self.out.dtype)
+
+    def join(self, item: Item, following: Item, count, state):
+        """As `step`, between two items: QK^T of the next one's first block with PV of this one's last."""
+        o, m, l, p = state
+        slot, before = lax.rem(count, self.config.stages), lax.rem(count - 1, self.config.stages)
+        plgpu.barrier_wait(self.smem["v_full"].at[before])
+        plgpu.barrier_wait(self.smem["q_full"].at[self.wg])
+        plgpu.barrier_wait(self.smem["k_full"].at[slot])
+        self.take_turn()
+        o, p = hopper.settle(o, p)
+        s = self.scores(slot)
+        o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
+        self.pass_turn()
+        s = hopper.wait(1, s)
+        self.scores_done(following, 0, slot)
+        p, new_m, new_l = self.first_softmax(s, following)
+        o, p = hopper.wait(0, o, p)
+        self.release(v_free(self.config, before))
+        self.finish(item, o, m, l)
+        return self.nothing(), new_m, new_l, p.astype(self.out.dtype)
+
+    def end(self, item: Item, count, state):
+        """PV of the last block of the last item."""
+        o, m, l, p = state
+        before = lax.rem(count - 1, self.config.stages)
+        plgpu.barrier_wait(self.smem["v_full"].at[before])
+        self.take_turn()
+        o, p = hopper.settle(o, p)
+        o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
+        self.pass_turn()
+        self.finish(item, hopper.wait(0, o), m, l)
+        return self.nothing(), m, l, p
+
+    def step(self, item: Item, count, masked, j, state):
+        """QK^T of block j and PV of the block before it are in flight together; softmax runs under the latter."""
+        o, m, l, p = state
+        slot, before = lax.rem(count + j, self.config.stages), lax.rem(count + j - 1, self.config.stages)
+        plgpu.barrier_wait(self.smem["v_full"].at[before])
+        plgpu.barrier_wait(self.smem["k_full"].at[slot])
+        self.take_turn()
+        o, p = hopper.settle(o, p)
+        s = self.scores(slot)
+        o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
+        self.pass_turn()
+        s = hopper.wait(1, s)
+        self.scores_done(item, j, slot)
+        p, m, l, alpha = self.softmax(s, m, l, item, j, masked)
+        # Rounded only after the wait: until then PV reads the registers of the weights before.
+        o, p = hopper.wait(0, o, p)
+        self.release(v_free(self.config, before))
+        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(self.out.dtype)
+
+    def scores(self, slot) -> Array:
+        return hopper.product_t(self.smem["q"][1].at[self.wg], self.smem["k"][1].at[slot])
+
+    def scores_done(self, item: Item, j, slot) -> None:
+        self.release(k_free(self.config, slot))
+        pl.when(j == item.blocks - 1)(lambda: plgpu.barrier_arrive(self.smem["q_free"].at[self.wg]))
+
+    def nothing(self) -> Array:
+        width = tiles.cdiv(self.problem.v_dim, CHUNK) * CHUNK
+        return plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), WGMMA)
+
+    def first_softmax(self, s, item: Item):
+        m = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), ROW)
+        l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+        p, m, l, _ = self.softmax(s, m, l, item, 0, self.right_edge_exists())
+        return p, m, l
+
+    def right_edge_exists(self) -> bool:
+        problem = self.problem
+        bounded = problem.right is not None or problem.left is not None or self.bounds is not None
+        return bounded or problem.kv_len % self.config.block_kv != 0
+
+    def softmax(self, s, m, l, item: Item, j, masked):
+        """Streaming softmax in base 2 -> weights, maximum, sum, and what the sums so far shrink by."""
+        problem = self.problem
+        if problem.shaped:
+            s = s * problem.scale if problem.softcap is None else jnp.tanh(s * (problem.scale / problem.softcap))
+        if masked:
+            s = jnp.where(self.mask(s.shape, item, item.lo + item.blocks - 1 - j), s, -jnp.inf)
+        higher = jnp.maximum(m, s.max(axis=1) * problem.exponent)
+        alpha = jnp.exp2(m - higher)
+        p = jnp.exp2(s * problem.exponent - lax.broadcast_in_dim(higher, s.shape, [0]))
+        l = l * alpha + p.sum(axis=1)
+        return p, higher, l, alpha
+
+    def mask(self, shape, item: Item, block):
+        problem, start = self.problem, item.q_start + self.wg * ROWS
+        q_pos = _iota(shape[0], ROW) + (start + problem.offset)
+        kv_pos = lax.broadcast_in_dim(_iota(shape[1], COL) + block * self.config.block_kv, shape, [1])
+        if problem.right is None:
+            seen = kv_pos < problem.kv_len
+        else:
+            last = jnp.minimum(q_pos + problem.right, problem.kv_len - 1)
+            seen = kv_pos <= lax.broadcast_in_dim(last, shape, [0])
+        if problem.left is not None:
+            seen &= kv_pos >= lax.broadcast_in_dim(q_pos - problem.left, shape, [0])
+        if self.bounds is not None:
+            q_seg = _segments(self.q_seg, item.batch, start, ROWS, ROW)
+            kv_seg = _segments(self.kv_seg, item.batch, block * self.config.block_kv, self.config.block_kv, COL)
+            seen &= lax.broadcast_in_dim(q_seg, shape, [0]) == lax.broadcast_in_dim(kv_seg, shape, [1])
+        return seen
+
+    def finish(self, item: Item, o, m, l) -> None:
+        """Bring in the sink, divide, and send the rows away; the stores run under the next item."""
+        seen = l > 0
+        if self.sinks is not None:
+            sink = self.sinks[item.head] * LOG2E
+            higher = jnp.maximum(m, sink)
+            alpha = jnp.exp2(m - higher)
+            l = l * alpha + jnp.exp2(sink - higher)
+            o, m = o * lax.broadcast_in_dim(alpha, o.shape, [0]), higher
+        o = o * lax.broadcast_in_dim(jnp.where(seen, 1 / l, 0.0), o.shape, [0])
+        start = item.q_start + self.wg * ROWS
+        copied, written = (x.at[self.wg] for x in self.smem["out"])
+        slots = written.shape[0]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.smem["lse"][self.wg] = jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf)
+        for i in range(o.shape[1] // CHUNK):
+            if i >= slots:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            written[i % slots] = o[:, i * CHUNK : (i + 1) * CHUNK].astype(self.out.dtype)
+            plgpu.commit_smem()
+            columns = hopper.columns(i, self.problem.v_dim, start)
+            plgpu.copy_smem_to_gmem(copied.at[i % slots], self.out.at[item.batch, pl.ds(start, ROWS), item.head, columns])
+        target = self.lse.at[item.batch, item.head, pl.ds(start, ROWS)]
+        plgpu.copy_smem_to_gmem(self.smem["lse"].at[self.wg], target)
+
+    def take_turn(self) -> None:
+        hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 256)
+
+    def pass_turn(self) -> None:
+        hopper.bar_arrive(hopper.FIRST_BARRIER + lax.rem(self.wg + 1, self.config.warpgroups), 256)
+
+    def release(self, barrier) -> None:
+        hopper.bar_arrive(barrier, 128 * self.config.warpgroups + 32)
+
+
+def _iota(size: int, layout) -> Array:
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
+def _segments(segments, batch, start, size: int, layout) -> Array:
+    return plgpu.load(segments.at[batch, pl.ds(start, size)], layout=layout, optimized=False)

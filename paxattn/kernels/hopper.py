@@ -1,0 +1,130 @@
+"""What the Hopper kernels share below Pallas: tiles that TMA fills from any row, WGMMA on them, named barriers.
+
+A tile of R rows lies in shared memory as chunks of 64 columns, [chunks, R, 64], each row of a chunk 128 bytes
+and swizzled. TMA fills a chunk from any row of the array and puts zeros where the array ends, so no length
+needs padding; WGMMA's descriptors step over the chunks.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, nvvm
+
+CHUNK = 64
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)
+COL = WGMMA.reduce(0)
+FIRST_BARRIER = 5  # Mosaic GPU itself uses 0 and one for each of at most four warpgroups
+_SWIZZLE = plgpu.SwizzleTransform(128)
+_TILED = (plgpu.TilingTransform((8, CHUNK)), _SWIZZLE)
+
+
+def tile(*shape: int, dtype: Any) -> plgpu.RefUnion:
+    """Scratch [..., chunks, R, 64] under two names: the first for TMA, the second for WGMMA, loads and stores."""
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=(_SWIZZLE,)),
+        plgpu.SMEM(shape, dtype, transforms=_TILED),
+    )
+
+
+def load_tile(source: Any, start: Any, target: Any, barrier: Any) -> None:
+    """Copy rows [start, start + R) of source [rows, D] into the tile; `barrier` counts one arrival a chunk."""
+    chunks, rows, _ = target.shape
+    for i in range(chunks):
+        place = pl.ds(start, rows), columns(i, source.shape[-1], start)
+        plgpu.copy_gmem_to_smem(source.at[place], target.at[i], barrier)
+
+
+def columns(chunk: int, width: int, traced: Array) -> Any:
+    """The slice of a chunk; where it ends beyond `width`, one that Pallas cannot see through and TMA clips."""
+    start = chunk * CHUNK
+    return pl.ds(start if start + CHUNK <= width else start + 0 * traced, CHUNK)
+
+
+def product_t(a: Any, b: Any) -> Array:
+    """a @ b.T of two tiles [M, D] and [N, D], float32 [M, N]; in flight until `wait`."""
+    m, n = a.shape[-2], b.shape[-2]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_TILED), plgpu.RefType(_TILED)),
+        return_type=plgpu.ShapeDtypeStruct((m, n), jnp.float32, WGMMA),
+    )
+    def issue(_, a, b):
+        acc = mgpu.WGMMAAccumulator.zero(m, n)
+        for i in range(ir.MemRefType(a.type).shape[0]):
+            b_i = mgpu.memref_transpose(mgpu.memref_slice(b, (i,)), (1, 0, 3, 2))
+            acc = mgpu.wgmma(acc, mgpu.memref_slice(a, (i,)), b_i)
+        nvvm.wgmma_commit_group_sync_aligned()
+        return acc.value
+
+    return issue(a, b)
+
+
+def accumulate(acc: Array, p: Array, b: Any) -> Array:
+    """acc + p @ b for p [M, N] in registers and a tile b [N, D]; in flight until `wait`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, WGMMA, plgpu.RefType(_TILED)),
+        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, WGMMA),
+    )
+    def issue(_, acc, p, b):
+        out = mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), p, _rows_first(b))
+        nvvm.wgmma_commit_group_sync_aligned()
+        return out.value
+
+    return issue(acc, p, b)
+
+
+def _rows_first(b: ir.Value) -> ir.Value:
+    """[chunks, R / 8, 1, 8, 64] as WGMMA wants an operand of R rows: [R / 8, chunks, 8, 64], strides kept."""
+    return mgpu.memref_transpose(mgpu.memref_slice(b, (slice(None), slice(None), 0)), (1, 0, 2, 3))
+
+
+def wait(in_flight: int, *arrays: Array) -> Any:
+    """Wait until at most `in_flight` products are; returns `arrays`, which may be read from here on."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,) * len(arrays),
+        return_type=tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, WGMMA) for x in arrays),
+    )
+    def wait_group(_, *arrays):
+        nvvm.wgmma_wait_group_sync_aligned(in_flight)
+        done = mgpu.optimization_barrier(*arrays)
+        return tuple(done) if len(arrays) > 1 else (done,)
+
+    done = wait_group(*arrays)
+    return done if len(arrays) > 1 else done[0]
+
+
+def settle(*arrays: Array) -> Any:
+    """`arrays` in the registers they stay in: a copy made between products in flight would serialise them."""
+    types = tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, WGMMA) for x in arrays)
+    return plgpu.inline_mgpu(arg_types=(WGMMA,) * len(arrays), return_type=types)(
+        lambda _, *arrays: tuple(mgpu.optimization_barrier(*arrays))
+    )(*arrays)
+
+
+def bar_sync(barrier: Any, threads: int) -> None:
+    _bar("sync", barrier, threads)
+
+
+def bar_arrive(barrier: Any, threads: int) -> None:
+    _bar("arrive", barrier, threads)
+
+
+def _bar(kind: str, barrier: Any, threads: int) -> None:
+    """PTX named barrier: cheaper than an mbarrier, but it holds one phase."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def bar(_, index):
+        text = f"bar.{kind} $0, {threads};"
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [index.registers[()]], text, "r", has_side_effects=True
+        )
+
+    bar(jnp.asarray(barrier, jnp.int32))
