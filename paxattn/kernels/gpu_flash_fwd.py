@@ -22,7 +22,6 @@ from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 LOG2E = math.log2(math.e)
 ROWS = 64  # query rows of a warpgroup
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
-L2_BYTES = 32 * 2**20  # keys and values that items running together may share in the L2 cache
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Config:
     block_kv: int = 128
     stages: int = 2
     warpgroups: int = 2
+    q_in_registers: bool = False
+    l2_bytes: int = 16 * 2**20  # keys and values that items running together may share in the L2 cache
 
     @property
     def block_q(self) -> int:
@@ -75,9 +76,11 @@ def config_for(problem: Problem) -> Config:
         return Config(block_kv=64, stages=2)
     if problem.head_dim > 128:
         return Config()
-    if problem.head_dim <= 64:
-        return Config(block_kv=128, stages=3, warpgroups=3)
-    return Config()
+    if problem.head_dim > 64:
+        return Config(q_in_registers=True)
+    if problem.right is None:
+        return Config(stages=3, warpgroups=3)
+    return Config(stages=4, q_in_registers=True)
 
 
 def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
@@ -202,7 +205,8 @@ class Plan:
         problem, q_tiles = self.problem, self.q_tiles
         pairs, group = problem.batch * problem.heads, problem.heads // problem.kv_heads
         kv_bytes = 2 * problem.kv_len * (problem.head_dim + problem.v_dim)
-        section = min(pairs, max(L2_BYTES // kv_bytes, 1, tiles.cdiv(self.ctas, q_tiles * group)) * group)
+        uniform = problem.right is None or problem.left is not None
+        section = min(pairs, group if uniform else max(self.config.l2_bytes // kv_bytes, 1, tiles.cdiv(2 * self.ctas, q_tiles * group)) * group)
         which, rest = _divide(self._index(turn), section * q_tiles)
         rank, pair = _divide(rest, jnp.minimum(section, pairs - which * section))
         batch, head = _divide(which * section + pair, problem.heads)
@@ -372,26 +376,26 @@ class Consumer:
     def start(self, item: Item):
         """Scores and softmax of the first block of the first item."""
         slot = jnp.int32(0)
-        plgpu.barrier_wait(self.smem["q_full"].at[self.wg])
+        q = self.queries()
         plgpu.barrier_wait(self.smem["k_full"].at[slot])
         self.take_turn()
-        s = self.scores(slot)
+        s = self.scores(q, slot)
         self.pass_turn()
         s = hopper.wait(0, s)
         self.scores_done(item, 0, slot)
         p, m, l = self.first_softmax(s, item)
-        return self.nothing(), m, l, p.astype(self.out.dtype)
+        return self.nothing(), m, l, p.astype(self.out.dtype), *q
 
     def join(self, item: Item, following: Item, count, state):
         """As `step`, between two items: QK^T of the next one's first block with PV of this one's last."""
-        o, m, l, p = state
+        o, m, l, p, *_ = state
         slot, before = lax.rem(count, self.config.stages), lax.rem(count - 1, self.config.stages)
+        q = self.queries()
         plgpu.barrier_wait(self.smem["v_full"].at[before])
-        plgpu.barrier_wait(self.smem["q_full"].at[self.wg])
         plgpu.barrier_wait(self.smem["k_full"].at[slot])
         self.take_turn()
-        o, p = hopper.settle(o, p)
-        s = self.scores(slot)
+        o, p, *q = hopper.settle(o, p, *q)
+        s = self.scores(q, slot)
         o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
         self.pass_turn()
         s = hopper.wait(1, s)
@@ -400,11 +404,11 @@ class Consumer:
         o, p = hopper.wait(0, o, p)
         self.release(v_free(self.config, before))
         self.finish(item, o, m, l)
-        return self.nothing(), new_m, new_l, p.astype(self.out.dtype)
+        return self.nothing(), new_m, new_l, p.astype(self.out.dtype), *q
 
     def end(self, item: Item, count, state):
         """PV of the last block of the last item."""
-        o, m, l, p = state
+        o, m, l, p, *q = state
         before = lax.rem(count - 1, self.config.stages)
         plgpu.barrier_wait(self.smem["v_full"].at[before])
         self.take_turn()
@@ -412,17 +416,17 @@ class Consumer:
         o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
         self.pass_turn()
         self.finish(item, hopper.wait(0, o), m, l)
-        return self.nothing(), m, l, p
+        return self.nothing(), m, l, p, *q
 
     def step(self, item: Item, count, masked, j, state):
         """QK^T of block j and PV of the block before it are in flight together; softmax runs under the latter."""
-        o, m, l, p = state
+        o, m, l, p, *q = state
         slot, before = lax.rem(count + j, self.config.stages), lax.rem(count + j - 1, self.config.stages)
         plgpu.barrier_wait(self.smem["v_full"].at[before])
         plgpu.barrier_wait(self.smem["k_full"].at[slot])
         self.take_turn()
-        o, p = hopper.settle(o, p)
-        s = self.scores(slot)
+        o, p, *q = hopper.settle(o, p, *q)
+        s = self.scores(q, slot)
         o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
         self.pass_turn()
         s = hopper.wait(1, s)
@@ -431,13 +435,24 @@ class Consumer:
         # Rounded only after the wait: until then PV reads the registers of the weights before.
         o, p = hopper.wait(0, o, p)
         self.release(v_free(self.config, before))
-        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(self.out.dtype)
+        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(self.out.dtype), *q
 
-    def scores(self, slot) -> Array:
-        return hopper.product_t(self.smem["q"][1].at[self.wg], self.smem["k"][1].at[slot])
+    def queries(self) -> list[Array]:
+        """Wait for the item's queries; their registers, where they stay in registers."""
+        plgpu.barrier_wait(self.smem["q_full"].at[self.wg])
+        if not self.config.q_in_registers:
+            return []
+        q = hopper.load(self.smem["q"][1].at[self.wg])
+        plgpu.barrier_arrive(self.smem["q_free"].at[self.wg])
+        return [q]
+
+    def scores(self, q: list[Array], slot) -> Array:
+        return hopper.product_t(*(q or [self.smem["q"][1].at[self.wg]]), self.smem["k"][1].at[slot])
 
     def scores_done(self, item: Item, j, slot) -> None:
         self.release(k_free(self.config, slot))
+        if self.config.q_in_registers:
+            return
         pl.when(j == item.blocks - 1)(lambda: plgpu.barrier_arrive(self.smem["q_free"].at[self.wg]))
 
     def nothing(self) -> Array:

@@ -47,18 +47,17 @@ def columns(chunk: int, width: int, traced: Array) -> Any:
 
 
 def product_t(a: Any, b: Any) -> Array:
-    """a @ b.T of two tiles [M, D] and [N, D], float32 [M, N]; in flight until `wait`."""
-    m, n = a.shape[-2], b.shape[-2]
+    """a @ b.T of [M, D], a tile or in registers, and a tile [N, D], float32 [M, N]; in flight until `wait`."""
+    m, n = (a.shape[-2], b.shape[-2])
+    in_registers = isinstance(a, Array)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_TILED), plgpu.RefType(_TILED)),
+        arg_types=(WGMMA if in_registers else plgpu.RefType(_TILED), plgpu.RefType(_TILED)),
         return_type=plgpu.ShapeDtypeStruct((m, n), jnp.float32, WGMMA),
     )
     def issue(_, a, b):
-        acc = mgpu.WGMMAAccumulator.zero(m, n)
-        for i in range(ir.MemRefType(a.type).shape[0]):
-            b_i = mgpu.memref_transpose(mgpu.memref_slice(b, (i,)), (1, 0, 3, 2))
-            acc = mgpu.wgmma(acc, mgpu.memref_slice(a, (i,)), b_i)
+        a = a if in_registers else _rows_first(a)
+        acc = mgpu.wgmma(mgpu.WGMMAAccumulator.zero(m, n), a, mgpu.memref_transpose(_rows_first(b), (1, 0, 3, 2)))
         nvvm.wgmma_commit_group_sync_aligned()
         return acc.value
 
@@ -80,9 +79,29 @@ def accumulate(acc: Array, p: Array, b: Any) -> Array:
     return issue(acc, p, b)
 
 
+def product_tn(a: Any, b: Any) -> Array:
+    """a.T @ b of two chunks [N, 64], float32 [64, 64]; in flight until `wait`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_TILED), plgpu.RefType(_TILED)),
+        return_type=plgpu.ShapeDtypeStruct((CHUNK, CHUNK), jnp.float32, WGMMA),
+    )
+    def issue(_, a, b):
+        acc = mgpu.wgmma(mgpu.WGMMAAccumulator.zero(CHUNK, CHUNK), mgpu.memref_transpose(a, (1, 0, 3, 2)), b)
+        nvvm.wgmma_commit_group_sync_aligned()
+        return acc.value
+
+    return issue(a, b)
+
+
 def _rows_first(b: ir.Value) -> ir.Value:
     """[chunks, R / 8, 1, 8, 64] as WGMMA wants an operand of R rows: [R / 8, chunks, 8, 64], strides kept."""
     return mgpu.memref_transpose(mgpu.memref_slice(b, (slice(None), slice(None), 0)), (1, 0, 2, 3))
+
+
+def load(tile: Any) -> Array:
+    """A tile [chunks, R, 64] in registers, as an operand [R, D] of WGMMA."""
+    return jnp.concatenate([tile[i] for i in range(tile.shape[0])], axis=1)
 
 
 def wait(in_flight: int, *arrays: Array) -> Any:
