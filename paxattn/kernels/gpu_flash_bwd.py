@@ -29,16 +29,19 @@ MEET = hopper.FIRST_BARRIER
 class Config:
     block_q: int = 64
     stages: int = 2
+    code_for_each: bool = True  # of the warpgroups: addresses that depend on which it is would be held in registers
     l2_bytes: int = 32 * 2**20  # queries, cotangents and dq sums that items running together may share in the L2 cache
 
 
 def config_for(problem: Problem) -> Config:
-    return Config(block_q=128 if problem.head_dim <= 64 else 64)
+    if problem.head_dim <= 64:
+        return Config(block_q=128, code_for_each=False)
+    return Config()
 
 
 def backward(problem: Problem, config: Config, num_sms: int, q, k, v, do, stats, q_seg, kv_seg):
     """q [B,T,H,D], k [B,S,K,D], v [B,S,K,Dv], do [B,T,H,Dv], stats float32 [B,H,blocks,2,block_q] ->
-    dq float32 [B,T,H,D] to be multiplied by scale, dk, dv in k's dtype.
+    dq float32 [B,T,H,D], dk, dv in k's dtype.
 
     stats holds lse in base 2, infinite for rows that saw nothing, and delta.
     """
@@ -97,10 +100,15 @@ def _kernel(problem: Problem, config: Config, ctas: int, *refs, **smem):
     wg = lax.axis_index("wg")
     plan = Plan(problem, config, ctas)
 
-    @pl.when(wg < WARPGROUPS)
-    def _consumers():
+    def consume(which):
         plgpu.set_max_registers(240, action="increase")
-        Consumer(problem, config, wg, smem, dq, dk, dv).run(plan)
+        Consumer(problem, config, which, smem, dq, dk, dv).run(plan)
+
+    if config.code_for_each:
+        for which in range(WARPGROUPS):
+            pl.when(wg == which)(partial(consume, which))
+    else:
+        pl.when(wg < WARPGROUPS)(partial(consume, wg))
 
     @pl.when(wg == WARPGROUPS)
     def _producer():
@@ -225,7 +233,7 @@ class Consumer:
 
     problem: Problem
     config: Config
-    wg: Array
+    wg: int | Array
     smem: dict
     dq: object
     dk: object
@@ -249,11 +257,17 @@ class Consumer:
     def attend(self, item: Item, steps, count) -> None:
         plgpu.barrier_wait(self.smem["k_full"])
         plgpu.barrier_wait(self.smem["v_full"])
-        first = lax.rem(count, self.config.stages)
-        plgpu.barrier_wait(self.smem["q_full"].at[first])
-        s = hopper.wait(0, self.scores(first))
-        state = lax.fori_loop(0, steps, partial(self.step, item, steps, count), (*self.nothing(), s))
-        self.store(item, *state[:2])
+        dq = plgpu.layout_cast(jnp.zeros((ROWS, CHUNK), jnp.float32), WGMMA)
+        state = (*self.nothing(), dq)
+        first, last = (x * self.group for x in self.open_steps(item))
+        if self.starts_masked():
+            state = lax.fori_loop(0, first, partial(self.step, item, count, True), state)
+        state = lax.fori_loop(first, last, partial(self.step, item, count, False), state)
+        if self.problem.left is not None:
+            state = lax.fori_loop(last, steps, partial(self.step, item, count, True), state)
+        dk, dv, dq = state
+        self.add_dq(item, steps - 1, dq)
+        self.store(item, dk, dv)
 
     def nothing(self) -> tuple[Array, Array]:
         widths = (tiles.cdiv(x, CHUNK) * CHUNK for x in (self.problem.head_dim, self.problem.v_dim))
@@ -266,40 +280,58 @@ class Consumer:
     def scores(self, slot) -> Array:
         return hopper.product_t(self.own(self.smem["k"][1]), self.smem["q"][1].at[slot])
 
-    def step(self, item: Item, steps, count, i, state):
-        dk, dv, s = state
-        step = count + i
-        slot, following = lax.rem(step, self.config.stages), lax.rem(step + 1, self.config.stages)
-        head, block = _head_and_block(item, self.group, i)
-        q, do, k = self.smem["q"][1].at[slot], self.smem["do"][1].at[slot], self.smem["k"][1]
-        ds_tile = self.smem["ds"][1].at[lax.rem(step, 2)]
+    def starts_masked(self) -> bool:
+        problem = self.problem
+        return problem.right is not None or problem.left is not None or problem.kv_len % BLOCK_KV != 0
 
+    def open_steps(self, item: Item):
+        """Of the query blocks visited, those [first, last) that see every key of this warpgroup."""
+        problem, block_q = self.problem, self.config.block_q
+        first, last = jnp.int32(0), item.blocks
+        kv = item.kv_start + self.wg * ROWS - problem.offset
+        if problem.right is not None:
+            first = -((problem.right - kv - ROWS + 1) // block_q) - item.lo
+        if problem.left is not None:
+            last = jnp.minimum(last, (kv + problem.left + 1) // block_q - item.lo)
+        if problem.kv_len % BLOCK_KV != 0:
+            first = jnp.where(item.kv_start + (self.wg + 1) * ROWS > problem.kv_len, item.blocks, first)
+        first = jnp.clip(first, 0, item.blocks)
+        return first, jnp.clip(last, first, item.blocks)
+
+    def step(self, item: Item, count, masked, i, state):
+        """One query block of one head. Nothing is in flight between two steps; dq of a step leaves under the next."""
+        dk, dv, dq = state
+        slot = lax.rem(count + i, self.config.stages)
+        _, block = _head_and_block(item, self.group, i)
+        q, do, k = self.smem["q"][1].at[slot], self.smem["do"][1].at[slot], self.smem["k"][1]
+        ds_tile = self.smem["ds"][1].at[lax.rem(count + i, 2)]
+
+        plgpu.barrier_wait(self.smem["q_full"].at[slot])
+        s = hopper.product_t(self.own(k), q)
+        # Before the first step there is nothing to add: zeros to its own block.
+        self.add_dq(item, jnp.maximum(i - 1, 0), dq)
         plgpu.barrier_wait(self.smem["do_full"].at[slot])
         dp = hopper.product_t(self.own(self.smem["v"][1]), do)
-        p, slope = self.probabilities(s, item, block, slot)
+        p, slope = self.probabilities(hopper.wait(1, s), item, block, slot, masked)
         dv, p16 = hopper.settle(dv, p.astype(self.dk.dtype))
         dv = hopper.accumulate(dv, p16, do)
         dp = hopper.wait(1, dp)
         ds = p * (dp - self.statistic(1, slot, dp.shape))
         ds = ds if slope is None else ds * slope
         dk, ds = hopper.settle(dk, ds.astype(self.dk.dtype))
+        dk = hopper.accumulate(dk, ds, q)
         for j in range(self.config.block_q // CHUNK):
             ds_tile.at[j, pl.ds(self.wg * ROWS, ROWS)][...] = ds[:, j * CHUNK : (j + 1) * CHUNK]
-        dk = hopper.accumulate(dk, ds, q)
-        more = i + 1 < steps
-        pl.when(more)(lambda: plgpu.barrier_wait(self.smem["q_full"].at[following]))
-        s = self.scores(following)
         plgpu.commit_smem()
         hopper.bar_sync(MEET, BOTH)
         dq = self.dq_part(ds_tile, k)
-        dv, dk, s = hopper.wait(1, dv, dk, s)
-        plgpu.barrier_arrive(self.smem["do_free"].at[slot])
+        dk, dv = hopper.wait(1, dk, dv)
         plgpu.barrier_arrive(self.smem["q_free"].at[slot])
-        dq = hopper.wait(0, dq)
-        self.add_dq(item, head, block, dq)
-        return dk, dv, s
+        plgpu.barrier_arrive(self.smem["do_free"].at[slot])
+        # ptxas takes a product's own registers for unfinished once the next step has begun, those of a multiply not.
+        return dk, dv, hopper.wait(0, dq) * self.problem.scale
 
-    def probabilities(self, s, item: Item, block, slot):
+    def probabilities(self, s, item: Item, block, slot, masked):
         """P^T, and the slope of the cap where there is one."""
         problem, slope = self.problem, None
         if problem.shaped and problem.softcap is None:
@@ -308,22 +340,11 @@ class Consumer:
             s = jnp.tanh(s * (problem.scale / problem.softcap))
             slope = 1 - s * s
         p = jnp.exp2(s * problem.exponent - self.statistic(0, slot, s.shape))
-        return lax.cond(self.crosses_edge(item, block), lambda: self.masked(p, item, block), lambda: p), slope
+        return self.masked(p, item, block) if masked else p, slope
 
     def statistic(self, which: int, slot, shape) -> Array:
         values = plgpu.load(self.smem["stats"].at[slot, which], layout=COL, optimized=False)
         return lax.broadcast_in_dim(values, shape, [1])
-
-    def crosses_edge(self, item: Item, block):
-        problem, block_q = self.problem, self.config.block_q
-        kv = item.kv_start + self.wg * ROWS
-        first = block * block_q + problem.offset
-        edge = kv + ROWS > problem.kv_len
-        if problem.right is not None:
-            edge |= kv + ROWS - 1 > first + problem.right
-        if problem.left is not None:
-            edge |= kv < first + block_q - 1 - problem.left
-        return edge
 
     def masked(self, p, item: Item, block):
         problem, shape = self.problem, p.shape
@@ -344,13 +365,14 @@ class Consumer:
             return hopper.product_tn(ds_tile.at[0], k.at[self.wg])
         return hopper.product_tn(ds_tile.at[self.wg], k.at[0])
 
-    def add_dq(self, item: Item, head, block, dq) -> None:
+    def add_dq(self, item: Item, i, dq) -> None:
+        head, block = _head_and_block(item, self.group, i)
         copied, written = (x.at[self.wg] for x in self.smem["dq"])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         row = block * self.config.block_q
-        column = jnp.int32(0)
+        column = 0
         if self.config.block_q == CHUNK:
-            column = self.wg * CHUNK
+            column = self.wg * CHUNK + 0 * row
         else:
             row += self.wg * ROWS
         for j in range(2):

@@ -504,7 +504,7 @@ class Consumer:
         """Bring in the sink, divide, and send the rows away; the stores run under the next item."""
         seen = l > 0
         if self.sinks is not None:
-            sink = self.sinks[item.head] * LOG2E
+            sink = self.sinks[item.batch, item.head] * LOG2E
             higher = jnp.maximum(m, sink)
             alpha = jnp.exp2(m - higher)
             l = l * alpha + jnp.exp2(sink - higher)
