@@ -12,9 +12,9 @@ from flax import nnx
 
 from models import tokenizer, weights
 from models.config import Config
-from models.damage import Blame
 from models.decoder import PureDecoder, abstract
 from models.tokenizer import Tokenizer
+from paxattn.damage import Blame
 
 PARAMS, CONFIG = "params", "config.json"
 

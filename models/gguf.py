@@ -9,9 +9,9 @@ from flax import nnx
 
 from models import weights
 from models.config import Config
-from models.damage import Blame
 from models.decoder import PureDecoder
 from models.tokenizer import Tokenizer, checked, from_gguf_fields
+from paxattn.damage import Blame
 
 NAMES = {
     "embed": "token_embd.weight",

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from models import weights
 from models.config import Config
-from models.damage import Blame
 from models.decoder import PureDecoder
 from models.tokenizer import Tokenizer, checked, from_huggingface
+from paxattn.damage import Blame
 
 NAMES = {
     "embed": "model.embed_tokens.weight",

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from models.config import Config
-from models.damage import Blame
+from paxattn.damage import Blame
 
 END_OF_TEXT = {
     "<|endoftext|>",

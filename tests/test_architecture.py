@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "paxattn/__init__.py": ("paxattn",),
     "paxattn/checks.py": (),
+    "paxattn/damage.py": (),
     "paxattn/reference.py": (),
     "paxattn/dispatch.py": (),
     "paxattn/flags.py": (),
@@ -26,9 +27,9 @@ ALLOWED = {
     "paxattn/kv/pages.py": ("paxattn.checks",),
     "paxattn/kv/page_table.py": ("paxattn.checks",),
     "paxattn/kv/prefix.py": ("paxattn.checks",),
-    "paxattn/snapshot.py": ("paxattn.checks",),
+    "paxattn/snapshot.py": ("paxattn.checks", "paxattn.damage"),
     "paxattn/engine": ("paxattn.checks", "paxattn.kv", "paxattn.engine"),
-    "models": ("models",),
+    "models": ("models", "paxattn.damage"),
 }
 FILES = [path.relative_to(ROOT) for top in ("paxattn", "models") for path in sorted((ROOT / top).rglob("*.py"))]
 

@@ -123,6 +123,10 @@ def test_buckets_are_at_least_sixteen_and_waste_little_more_than_a_quarter():
         (dict(sampling=Sampling(top_p=1.5)), "top_p"),
         (dict(sampling=Sampling(top_k=-1)), "top_k"),
         (dict(sampling=Sampling(seed=-1)), "seed"),
+        (dict(stop_ids=[5.7]), "stop_ids"),
+        (dict(stop_ids=5), "stop_ids"),
+        (dict(stop_ids=[2**31]), "stop_ids"),
+        (dict(stop_ids=[-1]), "stop_ids"),
     ],
     ids=str,
 )
@@ -134,6 +138,12 @@ def test_a_bad_argument_is_named_before_the_store_is_touched(tiny, change, name)
         with pytest.raises(ValueError, match=rf"^{name}: got"):
             run(model, params, store, **options)
     generate(model, params, store, [[1, 2]], max_new_tokens=1)
+
+
+def test_what_is_checked_already_stays_as_it_is():
+    once = Sampling(temperature=0.7, top_k=3, top_p=0.9, seed=2**32 - 1).checked()
+    twice = once.checked()
+    assert [(x.dtype, x.item()) for x in jax.tree.leaves(twice)] == [(x.dtype, x.item()) for x in jax.tree.leaves(once)]
 
 
 def draw(logits, count, **options):

@@ -1,11 +1,15 @@
-"""The generate script as a user runs it."""
+"""The scripts as a user runs them."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from scripts.profile_decode import host_operations, page_copies
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = {
@@ -14,8 +18,8 @@ GOLDENS = {
 }
 
 
-def run(*arguments, stdin=""):
-    command = [sys.executable, "scripts/generate.py", *map(str, arguments)]
+def run(*arguments, stdin="", script="generate.py"):
+    command = [sys.executable, f"scripts/{script}", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, encoding="utf-8")
 
 
@@ -68,3 +72,26 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, stdin, message):
     assert done.stdout == ""
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_decode_loop_is_checked_and_timed(tmp_path):
+    out = tmp_path / "out.json"
+    done = run("--rows", 3, "--steps", 20, "--dtype", "int8", "--json", out, script="profile_decode.py")
+    assert done.returncode == 0, done.stderr
+    assert "the program copies no pages and needs no host" in done.stdout
+    assert json.loads(out.read_text(encoding="utf-8"))["results"]["ms_per_step"] > 0
+
+
+def test_a_copy_of_pages_and_a_call_of_the_host_are_seen_in_a_program():
+    pages = jnp.zeros((50, 4))
+    write = lambda pages: pages.at[3].set(1.0)
+    call = lambda pages: jax.pure_callback(lambda x: x, jax.typeof(pages), pages)
+    hlo = lambda function, **options: jax.jit(function, **options).lower(pages).compile().as_text()
+    assert page_copies(hlo(write), 200)
+    assert not page_copies(hlo(write), 201)
+    assert not page_copies(hlo(write, donate_argnums=0), 200)
+    assert host_operations(hlo(call))
+    assert not host_operations(hlo(write))
+    start = "%c = (f32[50,4]{1,0}, f32[50,4]{1,0:S(5)}, u32[]) copy-start(%pages)"
+    assert page_copies(start, 200)
+    assert host_operations(start)

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from paxattn import PageTable
-from scripts import simulate_paging as sim
+from scripts.paging.allocators import ALLOCATORS, FirstFit
+from scripts.paging.contiguous import simulate_contiguous
+from scripts.paging.lengths import Requests, azure_lengths, read_trace, sharegpt_lengths
+from scripts.paging.paged import simulate_paged
+from scripts.paging.pool import PagePool
+from scripts.paging.schemes import Setting, compare
+from scripts.paging.timeline import STATES
+from scripts.simulate_paging import PAPER_MEMORY
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +28,7 @@ release = jax.jit(PageTable.release)
 fork = jax.jit(PageTable.fork)
 
 
-class Both(sim.PagePool):
+class Both(PagePool):
     """A page pool whose every operation is done to a PageTable as well; after each the two must be equal."""
 
     def __init__(self, num_pages, page_size, max_seqs, max_pages_per_seq):
@@ -61,13 +68,13 @@ class Both(sim.PagePool):
 
 def some_requests(rng, count, longest):
     prompt = rng.integers(1, longest, count)
-    return sim.Requests(prompt, rng.integers(1, longest - prompt + 1), "a test")
+    return Requests(prompt, rng.integers(1, longest - prompt + 1), "a test")
 
 
 def test_page_pool_and_page_table_agree_on_a_trace_token_by_token(rng):
     requests = some_requests(rng, 14, 23)
     pool = Both(num_pages=13, page_size=3, max_seqs=14, max_pages_per_seq=8)
-    timeline = sim.simulate_paged(requests, pool, memory=40, stride=1)
+    timeline = simulate_paged(requests, pool, memory=40, stride=1)
     assert pool.compared > len(timeline.running) > 23
     assert timeline.waiting.any()
     assert pool.num_free == 13
@@ -90,12 +97,12 @@ def test_page_pool_and_page_table_agree_on_forks_and_refusals(rng):
     assert refused
 
 
-@pytest.mark.parametrize("allocator", sim.ALLOCATORS)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_every_token_of_memory_is_in_one_state_at_every_step(rng, allocator):
     requests = some_requests(rng, 90, 61)
-    setting = sim.Setting(max_len=61, page_size=7, memory=389, allocator=allocator)
+    setting = Setting(max_len=61, page_size=7, memory=389, allocator=allocator)
     stored = int((requests.prompt * requests.output + requests.output * (requests.output + 1) // 2).sum())
-    for name, timeline in sim.compare(requests, setting).items():
+    for name, timeline in compare(requests, setting).items():
         assert (timeline.states.sum(axis=1) == setting.memory).all(), name
         assert (timeline.states >= 0).all(), name
         # Whatever the scheme, a request's n-th token is made in one step, with all those before it in memory.
@@ -106,14 +113,14 @@ def test_every_token_of_memory_is_in_one_state_at_every_step(rng, allocator):
 
 def test_intervals_and_single_steps_tell_the_same(rng):
     requests = some_requests(rng, 60, 40)
-    one, many = (sim.simulate_paged(requests, sim.PagePool(31, 4), 125, stride) for stride in (1, None))
+    one, many = (simulate_paged(requests, PagePool(31, 4), 125, stride) for stride in (1, None))
     np.testing.assert_array_equal(one.states, many.states)
     np.testing.assert_array_equal(one.running, many.running)
     assert one.preempted == many.preempted > 0
     assert one.recomputed == many.recomputed
 
 
-@pytest.mark.parametrize("kind", sim.ALLOCATORS.values())
+@pytest.mark.parametrize("kind", ALLOCATORS.values())
 def test_allocators_hand_out_no_token_twice_and_merge_what_comes_back(rng, kind):
     memory = 205
     allocator, taken, given = kind(memory), np.zeros(memory, bool), []
@@ -140,8 +147,8 @@ def test_allocators_hand_out_no_token_twice_and_merge_what_comes_back(rng, kind)
 def test_free_memory_in_pieces_is_external_fragmentation():
     # Stretches of 3, 4 and 3 tokens; the outer two end after one step. The last request's 5 tokens would fit into the
     # 6 that they leave, but not into either 3: it waits until the middle one ends.
-    requests = sim.Requests(np.array([2, 1, 2, 4]), np.array([1, 3, 1, 1]), "a test")
-    timeline = sim.simulate_contiguous(requests, np.array([3, 4, 3, 5]), sim.FirstFit(10))
+    requests = Requests(np.array([2, 1, 2, 4]), np.array([1, 3, 1, 1]), "a test")
+    timeline = simulate_contiguous(requests, np.array([3, 4, 3, 5]), FirstFit(10))
     assert timeline.states.tolist() == [
         [8, 2, 0, 0, 0],
         [3, 1, 0, 6, 0],
@@ -152,8 +159,8 @@ def test_free_memory_in_pieces_is_external_fragmentation():
 
 
 def test_the_papers_setting_gives_the_papers_region():
-    requests = sim.sharegpt_lengths(3000, np.random.default_rng(0)).cut(2048)
-    done = sim.compare(requests, sim.Setting(2048, 16, sim.PAPER_MEMORY, "buddy"))
+    requests = sharegpt_lengths(3000, np.random.default_rng(0)).cut(2048)
+    done = compare(requests, Setting(2048, 16, PAPER_MEMORY, "buddy"))
     for name in ("max", "pow2", "oracle"):
         assert 0.2 < done[name].shares()["used"] < 0.4, name
     assert done["paged"].shares()["used"] > 0.96
@@ -163,7 +170,7 @@ def test_the_papers_setting_gives_the_papers_region():
 def test_the_fit_keeps_to_the_trace():
     # Quantiles of the 19,366 requests of the Azure conversation trace at these levels.
     levels = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-    drawn = sim.azure_lengths(60_000, np.random.default_rng(0))
+    drawn = azure_lengths(60_000, np.random.default_rng(0))
     np.testing.assert_allclose(np.quantile(drawn.prompt, levels), (207, 396, 1020, 1189, 2734, 4142), rtol=0.05)
     np.testing.assert_allclose(np.quantile(drawn.output, levels), (54, 85, 129, 395, 424, 601), rtol=0.05)
 
@@ -188,7 +195,7 @@ def test_a_trace_file_end_to_end(tmp_path):
     assert (told["source"], told["requests"], told["max_len"], told["memory"]) == ("tiny.csv", 40, 64, 512)
     for name in ("max", "pow2", "oracle", "blockwise", "paged"):
         figures = told["schemes"][name]
-        assert sum(figures[state] for state in sim.STATES) == pytest.approx(1)
+        assert sum(figures[state] for state in STATES) == pytest.approx(1)
         assert re.search(rf"^{name} +{figures['effective_use']:.1%} ", done.stdout, re.M)
     assert told["schemes"]["paged"]["effective_use"] > told["schemes"]["max"]["effective_use"]
 
@@ -229,7 +236,7 @@ def test_steps_tell_page_tables_and_free_pages():
 def test_a_bad_line_is_named(tmp_path, lines, message):
     trace = write_trace(tmp_path / "bad.csv", lines)
     with pytest.raises(ValueError, match=f"^--trace: .*bad.csv.*{message}"):
-        sim.read_trace(trace, None)
+        read_trace(trace, None)
 
 
 @pytest.mark.parametrize(

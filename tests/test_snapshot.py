@@ -292,6 +292,17 @@ def test_nothing_is_overwritten(tmp_path):
     assert contents(restore_snapshot(tmp_path / "folder", STATE)) == contents(STATE)
 
 
+def test_a_number_of_64_bits_is_refused_and_not_cut_to_32(tmp_path):
+    store = empty()
+    wide = replace(store, table=replace(store.table, lens=np.asarray(store.lens, np.int64)))
+    with pytest.raises(ValueError, match=r"^tree: got int64 at \.table\.lens, must be int32"):
+        save_snapshot(tmp_path / "snapshot", wide)
+    assert list(tmp_path.iterdir()) == []
+    save_snapshot(tmp_path / "snapshot", store)
+    with pytest.raises(ValueError, match=r"^tree: got int64 at \.table\.lens, must be int32"):
+        restore_snapshot(tmp_path / "snapshot", wide)
+
+
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^tree: got nothing to save"):
         save_snapshot(tmp_path / "snapshot", {"x": jnp.zeros(0)})

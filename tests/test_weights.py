@@ -206,6 +206,13 @@ def test_a_truncated_file_of_a_folder_says_so(tmp_path, arrays, name):
         load.load(folder, jnp.float32)
 
 
+def test_a_file_of_a_folder_nested_too_deep_to_read_says_so(tmp_path, arrays):
+    folder = write_folder(tmp_path / "model", arrays)
+    (folder / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"generation_config.json: damaged or not supported \(RecursionError: "):
+        load.load(folder, jnp.float32)
+
+
 def test_gguf_files_that_cannot_be_used_say_why(tmp_path, arrays):
     whole = write_gguf(tmp_path / "m.gguf", arrays)
     content = whole.read_bytes()

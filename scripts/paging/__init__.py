@@ -1,0 +1,1 @@
+"""What scripts/simulate_paging.py is made of. NumPy alone."""
