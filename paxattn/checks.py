@@ -1,11 +1,15 @@
 """Checks of public arguments: every failure names the argument, what it was and what it must be."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 FLOATS = ("bfloat16", "float16", "float32")
+# A window that reaches further reaches everything; more, added to a position, would overflow int32.
+FURTHEST = 2**30
 
 
 def require(ok: bool, name: str, got: object, must: str) -> None:
@@ -39,11 +43,19 @@ def check_positive_int(name: str, x: Any) -> None:
     require(is_int(x) and x > 0, name, repr(x), "a positive int")
 
 
+def check_bool(name: str, x: Any) -> None:
+    require(isinstance(x, (bool, np.bool_)), name, repr(x), "True or False, known at trace time")
+
+
 def static_float(name: str, x: Any) -> float:
+    must = "a finite number known at trace time"
+    require(not isinstance(x, (str, bytes, bool)), name, repr(x), must)
     try:
-        return float(x)
-    except (TypeError, ValueError) as error:  # a tracer's ConcretizationTypeError is one, too
-        raise ValueError(f"{name}: got {x!r}, must be a number known at trace time") from error
+        number = float(x)
+    except (TypeError, ValueError, OverflowError) as error:  # a tracer's ConcretizationTypeError is one, too
+        raise ValueError(f"{name}: got {x!r}, must be {must}") from error
+    require(math.isfinite(number), name, x, must)
+    return number
 
 
 def static_scale(scale: float | None, head_dim: int) -> float:
@@ -64,6 +76,7 @@ def window_bounds(window: Any, causal: bool) -> tuple[int | None, int | None]:
     left, right = _window_pair(window, must)
     require(left is None or left >= 0, "window", window, must)
     require(right is None or right >= 0, "window", window, must)
+    left, right = (None if x is None else min(x, FURTHEST) for x in (left, right))
     if causal:
         right = 0
     return left, right
@@ -81,7 +94,7 @@ def _window_pair(window: Any, must: str) -> tuple[int | None, int | None]:
 
 
 def is_int(x: Any) -> bool:
-    return hasattr(x, "__index__") and not isinstance(x, (bool, Array))
+    return hasattr(x, "__index__") and not isinstance(x, (bool, Array, np.ndarray))
 
 
 def check_sinks(sinks: Any, num_heads: int) -> None:

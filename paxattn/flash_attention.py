@@ -54,6 +54,8 @@ def flash_attention(
       NotImplementedError: the implementation asked for cannot serve the call; the message names the feature.
     """
     _check(q, k, v, sinks, q_segment_ids, kv_segment_ids)
+    for name, x in (("causal", causal), ("deterministic", deterministic), ("return_lse", return_lse)):
+        checks.check_bool(name, x)
     left, right = checks.window_bounds(window, causal)
     out, lse = dispatch.call(
         "flash_attention",
@@ -78,12 +80,11 @@ def _check(q: Any, k: Any, v: Any, sinks: Any, q_segment_ids: Any, kv_segment_id
         checks.check_rank(name, x, dims)
         checks.check_float(name, x)
         checks.require(x.dtype == q.dtype, name, f"dtype {x.dtype}", f"of q's dtype {q.dtype}")
+        checks.require(all(n > 0 for n in x.shape), name, f"shape {x.shape}", f"[{dims}] with no axis of size 0")
     b, t, h, d = q.shape
     s, kv_heads = k.shape[1:3]
     checks.check_shape("k", k, (b, s, kv_heads, d), "B S K D")
     checks.check_shape("v", v, (b, s, kv_heads, v.shape[-1]), "B S K Dv")
-    checks.require(t > 0, "q", f"shape {q.shape}", "at least one query long")
-    checks.require(s > 0, "k", f"shape {k.shape}", "at least one key long")
     checks.check_groups(h, kv_heads, "k")
     checks.check_sinks(sinks, h)
     if q_segment_ids is None and kv_segment_ids is None:

@@ -17,6 +17,8 @@ class FlashCase:
     options: dict[str, Any] = field(default_factory=dict)
     sinks: bool = False
     segments: int = 0
+    ids: str = "packed"  # how segments lie: packed, repeating, foreign
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         return self.name
@@ -58,9 +60,53 @@ def flash_inputs(case: FlashCase, rng: np.random.Generator, dtype: Any) -> dict[
     inputs = dict(q=normal(b, t, h, d), k=normal(b, s, k, d), v=normal(b, s, k, dv))
     inputs["sinks"] = jnp.asarray(rng.normal(size=h), jnp.float32) if case.sinks else None
     if case.segments:
-        inputs["q_segment_ids"] = jnp.asarray(np.sort(rng.integers(0, case.segments, (b, t))), jnp.int32)
-        inputs["kv_segment_ids"] = jnp.asarray(np.sort(rng.integers(1, case.segments, (b, s))), jnp.int32)
+        inputs["q_segment_ids"], inputs["kv_segment_ids"] = (
+            jnp.asarray(x, jnp.int32) for x in SEGMENT_IDS[case.ids](rng, case.segments, (b, t), (b, s))
+        )
     return inputs
+
+
+def packed_ids(rng, count, q_shape, kv_shape):
+    """Sorted, as packed documents are; no key has the first id."""
+    return np.sort(rng.integers(0, count, q_shape)), np.sort(rng.integers(1, count, kv_shape))
+
+
+def repeating_ids(rng, count, q_shape, kv_shape):
+    """Runs of random length whose ids come back later: a block's lowest and highest id say too little."""
+    return tuple(np.stack([_runs(rng, count, length) for _ in range(b)]) for b, length in (q_shape, kv_shape))
+
+
+def _runs(rng, count, length):
+    ids = np.repeat(rng.integers(0, count, length), rng.integers(1, 90, length))
+    return ids[:length]
+
+
+def foreign_ids(rng, count, q_shape, kv_shape):
+    """Ids at both ends of int32 and below zero, which are no padding; some in q that no key has, and the reverse."""
+    ids = np.array([-(2**31), -1, 0, *range(1, count), 2**31 - 1])
+    return np.sort(rng.choice(ids[:-1], q_shape)), np.sort(rng.choice(ids[1:], kv_shape))
+
+
+SEGMENT_IDS = {"packed": packed_ids, "repeating": repeating_ids, "foreign": foreign_ids}
+
+
+def seen_keys(case: FlashCase, inputs: dict[str, Any]) -> Any:
+    """bool [B,T,S], by the definition of the arguments."""
+    b, t, s = case.shape[:3]
+    distance = np.arange(s)[None, :] - (np.arange(t) + s - t)[:, None]
+    window = case.options.get("window")
+    left, right = window if isinstance(window, tuple) else (None if window is None else window - 1, None)
+    seen = np.ones((t, s), bool)
+    if case.options.get("causal"):
+        seen &= distance <= 0
+    if left is not None:
+        seen &= distance >= -left
+    if right is not None:
+        seen &= distance <= right
+    seen = np.broadcast_to(seen, (b, t, s))
+    if case.segments:
+        seen = seen & (np.asarray(inputs["q_segment_ids"])[:, :, None] == np.asarray(inputs["kv_segment_ids"])[:, None])
+    return jnp.asarray(seen)
 
 
 @dataclass(frozen=True)
@@ -144,8 +190,12 @@ def paged_inputs(case: PagedCase, rng: np.random.Generator, dtype: Any) -> dict[
     )
 
 
-def plain_attention(q, k, v, seen, *, sinks=None, scale=None, softcap=None):
+def plain_attention(q, k, v, seen, **options):
     """Attention as one writes it down, every array in q's dtype; seen [B,T,S]. The measure for rounding error."""
+    return plain_attention_and_lse(q, k, v, seen, **options)[0]
+
+
+def plain_attention_and_lse(q, k, v, seen, *, sinks=None, scale=None, softcap=None):
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     s = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
@@ -156,8 +206,10 @@ def plain_attention(q, k, v, seen, *, sinks=None, scale=None, softcap=None):
         sink = jnp.broadcast_to(sinks.astype(q.dtype)[:, None, None], (*s.shape[:3], 1))
         s = jnp.concatenate([s, sink], axis=-1)
     some = jnp.any(seen, axis=-1)[:, None, :, None]
-    p = jnp.where(some, jax.nn.softmax(jnp.where(some, s, 0.0), axis=-1), 0.0)[..., : k.shape[1]]
-    return jnp.einsum("bhts,bshd->bthd", p, v)
+    s = jnp.where(some, s, 0.0)
+    p = jnp.where(some, jax.nn.softmax(s, axis=-1), 0.0)[..., : k.shape[1]]
+    lse = jnp.where(some[..., 0], jax.nn.logsumexp(s, axis=-1), -jnp.inf)
+    return jnp.einsum("bhts,bshd->bthd", p, v), lse
 
 
 def error(x: Any, oracle: Any) -> float:

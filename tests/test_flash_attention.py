@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FLASH, error, flash_inputs, plain_attention
+from cases import FLASH, error, flash_inputs, plain_attention, seen_keys
 
 from paxattn import flash_attention
 
@@ -77,22 +77,6 @@ def test_low_precision_error_is_at_most_twice_plain_attentions(case, dtype, impl
     for i, (x, y, z) in enumerate(zip(got, base, want, strict=True)):
         floor = 1e-3 if i == 1 else 1e-6
         assert error(x, z) <= 2 * error(y, z) + floor, i
-
-
-def seen_keys(case, inputs):
-    """bool [B,T,S], by the definition of the arguments."""
-    b, t, s = case.shape[:3]
-    distance = np.arange(s)[None, :] - (np.arange(t) + s - t)[:, None]
-    seen = np.ones((t, s), bool)
-    if case.options.get("causal"):
-        seen &= distance <= 0
-    if isinstance(case.options.get("window"), tuple):
-        left, right = case.options["window"]
-        seen &= (distance >= -left) & (distance <= right)
-    seen = np.broadcast_to(seen, (b, t, s))
-    if case.segments:
-        seen = seen & (np.asarray(inputs["q_segment_ids"])[:, :, None] == np.asarray(inputs["kv_segment_ids"])[:, None])
-    return jnp.asarray(seen)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -185,37 +169,81 @@ def test_memory_is_linear_in_length(options):
 
 
 GOOD = dict(q=(2, 5, 4, 8), k=(2, 7, 2, 8), v=(2, 7, 2, 6))
+Q_IDS, KV_IDS = jnp.zeros((2, 5), jnp.int32), jnp.zeros((2, 7), jnp.int32)
 BAD = [
+    # Shapes.
     ("q", dict(q=(5, 4, 8))),
+    ("q", dict(q=(2, 0, 4, 8))),
+    ("q", dict(q=(2, 5, 0, 8))),
+    ("q", dict(q=(0, 5, 4, 8), k=(0, 7, 2, 8), v=(0, 7, 2, 6))),
+    ("q", dict(q=(2, 5, 4, 0), k=(2, 7, 2, 0))),
+    ("k", dict(k=(2, 7, 2, 8, 1))),
     ("k", dict(k=(2, 7, 2, 9))),
     ("k", dict(k=(3, 7, 2, 8))),
     ("k", dict(k=(2, 7, 3, 8), v=(2, 7, 3, 6))),
+    ("k", dict(k=(2, 7, 8, 8), v=(2, 7, 8, 6))),
+    ("k", dict(k=(2, 7, 0, 8), v=(2, 7, 0, 6))),
     ("k", dict(k=(2, 0, 2, 8), v=(2, 0, 2, 6))),
-    ("q", dict(q=(2, 0, 4, 8))),
+    ("v", dict(v=(7, 2, 6))),
     ("v", dict(v=(2, 6, 2, 6))),
+    ("v", dict(v=(2, 7, 4, 6))),
+    ("v", dict(v=(2, 7, 2, 0))),
+    # Dtypes.
+    ("q", dict(q=jnp.zeros((2, 5, 4, 8), jnp.complex64))),
+    ("q", dict(q=jnp.zeros((2, 5, 4, 8), jnp.float8_e4m3fn))),
+    ("k", dict(k=jnp.zeros((2, 7, 2, 8), jnp.bfloat16))),
+    ("v", dict(v=jnp.zeros((2, 7, 2, 6), jnp.float16))),
+    ("v", dict(v=jnp.zeros((2, 7, 2, 6), bool))),
+    # Options.
+    ("causal", dict(causal=1)),
+    ("causal", dict(causal="yes")),
+    ("causal", dict(causal=jnp.asarray(True))),
+    ("deterministic", dict(deterministic=None)),
+    ("deterministic", dict(deterministic=0)),
+    ("return_lse", dict(return_lse="lse")),
     ("window", dict(window=0)),
+    ("window", dict(window=-3)),
+    ("window", dict(window=True)),
+    ("window", dict(window=(True, 2))),
     ("window", dict(window=(1, -1))),
+    ("window", dict(window=(-1, None))),
     ("window", dict(window=(1, 2, 3))),
     ("window", dict(window=1.5)),
+    ("window", dict(window=np.array([1, 2]))),
     ("softcap", dict(softcap=0.0)),
+    ("softcap", dict(softcap=-2.0)),
+    ("softcap", dict(softcap=float("nan"))),
+    ("softcap", dict(softcap=float("inf"))),
+    ("softcap", dict(softcap="2")),
     ("scale", dict(scale="x")),
+    ("scale", dict(scale="2")),
+    ("scale", dict(scale=True)),
+    ("scale", dict(scale=float("nan"))),
+    ("scale", dict(scale=float("inf"))),
+    ("scale", dict(scale=10**400)),
+    ("scale", dict(scale=1j)),
+    ("sinks", dict(sinks=1.0)),
     ("sinks", dict(sinks=jnp.ones(3))),
+    ("sinks", dict(sinks=jnp.ones((1, 4)))),
     ("sinks", dict(sinks=jnp.ones(4, jnp.int32))),
-    ("q_segment_ids", dict(kv_segment_ids=jnp.zeros((2, 7), jnp.int32))),
-    ("kv_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5), jnp.int32))),
-    (
-        "kv_segment_ids",
-        dict(q_segment_ids=jnp.zeros((2, 5), jnp.int32), kv_segment_ids=jnp.zeros((2, 6), int)),
-    ),
-    ("q_segment_ids", dict(q_segment_ids=jnp.zeros((2, 5)), kv_segment_ids=jnp.zeros((2, 7), jnp.int32))),
+    ("q_segment_ids", dict(kv_segment_ids=KV_IDS)),
+    ("kv_segment_ids", dict(q_segment_ids=Q_IDS)),
+    ("kv_segment_ids", dict(q_segment_ids=Q_IDS, kv_segment_ids=Q_IDS)),
+    ("kv_segment_ids", dict(q_segment_ids=Q_IDS, kv_segment_ids=KV_IDS[0])),
+    ("kv_segment_ids", dict(q_segment_ids=Q_IDS, kv_segment_ids=KV_IDS.astype(bool))),
+    ("q_segment_ids", dict(q_segment_ids=Q_IDS.astype(jnp.float32), kv_segment_ids=KV_IDS)),
+    ("q_segment_ids", dict(q_segment_ids=[[0] * 5] * 2, kv_segment_ids=KV_IDS)),
     ("implementation", dict(implementation="triton")),
+    ("implementation", dict(implementation="XLA")),
+    ("implementation", dict(implementation=1)),
 ]
 
 
 @pytest.mark.parametrize(("name", "change"), BAD, ids=[f"{i}_{name}" for i, (name, _) in enumerate(BAD)])
 @pytest.mark.usefixtures("unchecked")
 def test_a_bad_argument_is_named(name, change):
-    arrays = {n: jnp.zeros(change.get(n, shape)) for n, shape in GOOD.items()}
+    arrays = {n: change.get(n, shape) for n, shape in GOOD.items()}
+    arrays = {n: jnp.zeros(x) if isinstance(x, tuple) else x for n, x in arrays.items()}
     options = {n: x for n, x in change.items() if n not in GOOD}
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         flash_attention(**arrays, **options)
@@ -234,8 +262,16 @@ def test_bad_dtypes_and_traced_statics_are_named():
         jax.jit(lambda scale: flash_attention(x, x, x, scale=scale))(1.0)
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
-def test_what_is_not_there_declines_by_name(implementation):
+def test_what_is_not_there_declines_by_name():
     x = jnp.zeros((1, 2, 2, 4))
-    with pytest.raises(NotImplementedError, match=f"flash_attention.*{implementation}"):
-        flash_attention(x, x, x, implementation=implementation)
+    with pytest.raises(NotImplementedError, match=r"flash_attention.*mosaic_tpu"):
+        flash_attention(x, x, x, implementation="mosaic_tpu")
+
+
+def test_a_window_wider_than_int32_sees_everything(rng):
+    q, k = (jnp.asarray(rng.normal(size=(1, n, 2, 8)), jnp.float32) for n in (300, 5))
+    want = flash_attention(q, k, k)
+    for implementation in ("xla", "reference"):
+        for wide in (2**40, (2**31 - 1, 2**31 - 1), (None, 2**63)):
+            got = flash_attention(q, k, k, window=wide, implementation=implementation)
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
