@@ -75,8 +75,8 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
     stages, block_q = config.stages, config.block_q
     f32 = dict(tiling=plgpu.TilingTransform((8, 32)), swizzle=plgpu.SwizzleTransform(128))
     return dict(
-        k=hopper.tile(qk, BLOCK_KV, CHUNK, dtype=dtype),
-        v=hopper.tile(vo, BLOCK_KV, CHUNK, dtype=dtype),
+        k=hopper.tile(1, qk, BLOCK_KV, CHUNK, dtype=dtype),
+        v=hopper.tile(1, vo, BLOCK_KV, CHUNK, dtype=dtype),
         q=hopper.tile(stages, qk, block_q, CHUNK, dtype=dtype),
         do=hopper.tile(stages, vo, block_q, CHUNK, dtype=dtype),
         ds=hopper.tile(2, block_q // CHUNK, BLOCK_KV, CHUNK, dtype=dtype),
@@ -198,8 +198,8 @@ def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
 
         def load_kv():
             pl.when(loaded > 0)(lambda: plgpu.barrier_wait(smem["kv_free"]))
-            hopper.load_tile(k.at[item.batch, :, item.kv_head], item.kv_start, smem["k"][0], smem["k_full"])
-            hopper.load_tile(v.at[item.batch, :, item.kv_head], item.kv_start, smem["v"][0], smem["v_full"])
+            hopper.load_tile(k.at[item.batch, :, item.kv_head], item.kv_start, smem["k"][0].at[0], smem["k_full"])
+            hopper.load_tile(v.at[item.batch, :, item.kv_head], item.kv_start, smem["v"][0].at[0], smem["v_full"])
 
         def one_step(i, _):
             slot = lax.rem(count + i, config.stages)
@@ -221,10 +221,9 @@ def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
 
 
 def _head_and_block(item: Item, group: int, i):
-    if group == 1:
-        return item.kv_head, item.lo + i
-    block, g = _divide(i, group)
-    return item.kv_head * group + g, item.lo + block
+    """The query head and block of step i: head after head, the last block first, where most items begin together."""
+    g, j = (0, i) if group == 1 else _divide(i, item.blocks)
+    return item.kv_head * group + g, item.lo + item.blocks - 1 - j
 
 
 @dataclass(frozen=True)
@@ -259,12 +258,19 @@ class Consumer:
         plgpu.barrier_wait(self.smem["v_full"])
         dq = plgpu.layout_cast(jnp.zeros((ROWS, CHUNK), jnp.float32), WGMMA)
         state = (*self.nothing(), dq)
-        first, last = (x * self.group for x in self.open_steps(item))
-        if self.starts_masked():
-            state = lax.fori_loop(0, first, partial(self.step, item, count, True), state)
-        state = lax.fori_loop(first, last, partial(self.step, item, count, False), state)
-        if self.problem.left is not None:
-            state = lax.fori_loop(last, steps, partial(self.step, item, count, True), state)
+        first, last = self.open_blocks(item)
+
+        def one_head(g, state):
+            """The last block first: those on the left edge of the window, the open ones, those on the right edge."""
+            run = partial(self.step, item, count, g * item.blocks)
+            if self.problem.left is not None:
+                state = lax.fori_loop(0, item.blocks - last, partial(run, True), state)
+            state = lax.fori_loop(item.blocks - last, item.blocks - first, partial(run, False), state)
+            if self.starts_masked():
+                state = lax.fori_loop(item.blocks - first, item.blocks, partial(run, True), state)
+            return state
+
+        state = one_head(jnp.int32(0), state) if self.group == 1 else lax.fori_loop(0, self.group, one_head, state)
         dk, dv, dq = state
         self.add_dq(item, steps - 1, dq)
         self.store(item, dk, dv)
@@ -277,14 +283,11 @@ class Consumer:
         """This warpgroup's rows of a tile [chunks, 128, 64]."""
         return tile.at[:, pl.ds(self.wg * ROWS, ROWS)]
 
-    def scores(self, slot) -> Array:
-        return hopper.product_t(self.own(self.smem["k"][1]), self.smem["q"][1].at[slot])
-
     def starts_masked(self) -> bool:
         problem = self.problem
         return problem.right is not None or problem.left is not None or problem.kv_len % BLOCK_KV != 0
 
-    def open_steps(self, item: Item):
+    def open_blocks(self, item: Item):
         """Of the query blocks visited, those [first, last) that see every key of this warpgroup."""
         problem, block_q = self.problem, self.config.block_q
         first, last = jnp.int32(0), item.blocks
@@ -298,12 +301,14 @@ class Consumer:
         first = jnp.clip(first, 0, item.blocks)
         return first, jnp.clip(last, first, item.blocks)
 
-    def step(self, item: Item, count, masked, i, state):
+    def step(self, item: Item, count, before, masked, j, state):
         """One query block of one head. Nothing is in flight between two steps; dq of a step leaves under the next."""
         dk, dv, dq = state
+        i = before + j
         slot = lax.rem(count + i, self.config.stages)
         _, block = _head_and_block(item, self.group, i)
-        q, do, k = self.smem["q"][1].at[slot], self.smem["do"][1].at[slot], self.smem["k"][1]
+        q, do = self.smem["q"][1].at[slot], self.smem["do"][1].at[slot]
+        k, v = (self.smem[name][1].at[hopper.zero()] for name in "kv")
         ds_tile = self.smem["ds"][1].at[lax.rem(count + i, 2)]
 
         plgpu.barrier_wait(self.smem["q_full"].at[slot])
@@ -311,7 +316,7 @@ class Consumer:
         # Before the first step there is nothing to add: zeros to its own block.
         self.add_dq(item, jnp.maximum(i - 1, 0), dq)
         plgpu.barrier_wait(self.smem["do_full"].at[slot])
-        dp = hopper.product_t(self.own(self.smem["v"][1]), do)
+        dp = hopper.product_t(self.own(v), do)
         p, slope = self.probabilities(hopper.wait(1, s), item, block, slot, masked)
         dv, p16 = hopper.settle(dv, p.astype(self.dk.dtype))
         dv = hopper.accumulate(dv, p16, do)
@@ -388,12 +393,12 @@ class Consumer:
         hopper.bar_sync(MEET, BOTH)
         start = item.kv_start + self.wg * ROWS
         for name, x, target in (("k", dk * self.problem.scale, self.dk), ("v", dv, self.dv)):
-            copied, written = (self.own(tile) for tile in self.smem[name])
+            written = self.own(self.smem[name][1].at[0])
             for j in range(x.shape[1] // CHUNK):
                 written[j] = x[:, j * CHUNK : (j + 1) * CHUNK].astype(target.dtype)
         plgpu.commit_smem()
         for name, target in (("k", self.dk), ("v", self.dv)):
-            copied = self.smem[name][0]
+            copied = self.smem[name][0].at[0]
             for j in range(copied.shape[0]):
                 columns = hopper.columns(j, target.shape[-1], start)
                 rows = target.at[item.batch, pl.ds(start, ROWS), item.kv_head, columns]

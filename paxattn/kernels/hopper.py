@@ -79,6 +79,21 @@ def accumulate(acc: Array, p: Array, b: Any) -> Array:
     return issue(acc, p, b)
 
 
+def zero() -> Array:
+    """0, which the compiler does not know: with it in an index, addresses are formed where they are used.
+
+    Otherwise LLVM keeps the descriptors of a tile that a loop does not change in registers over the whole loop.
+    """
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT))
+    def hidden(_):
+        i32 = ir.IntegerType.get_signless(32)
+        value = llvm.inline_asm(i32, [], "mov.u32 $0, 0;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return hidden()
+
+
 def product_tn(a: Any, b: Any) -> Array:
     """a.T @ b of two chunks [N, 64], float32 [64, 64]; in flight until `wait`."""
 
