@@ -1,9 +1,10 @@
 """flash_attention backward on Hopper: dq, dk and dv in one kernel (FlashAttention-3, Shah et al. 2024).
 
-A block owns 128 keys of a KV head, two consumer warpgroups 64 each, and visits the query blocks of all heads of the
-group that see them. Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T are operands in registers of
-dV += P^T dO and dK += dS^T Q. dS^T goes through shared memory once for dQ += dS K, of which either warpgroup
-forms a half; it is added to a float32 array in global memory by TMA.
+A persistent block takes (batch, KV head, tile of keys) items and visits the query blocks of all heads of the group
+that see the tile. Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T are operands in registers of
+dV += P^T dO and dK += dS^T Q; dS goes through shared memory once, for dQ = dS K. Two consumer warpgroups share the
+work by keys or, where a head is wider than 128, by columns (`split_columns`). dQ is added to a float32 array by TMA:
+a writer warp for each consumer waits its turn, where the sums must have a fixed order, so that consumers never do.
 """
 
 from dataclasses import dataclass
@@ -16,39 +17,56 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, tiles
-from paxattn.kernels.gpu_flash_fwd import LOG2E, ROWS, Problem, _divide, _iota, _segments
+from paxattn.kernels.gpu_flash_fwd import ROWS, Problem, _divide, _extremes, _iota, _pad, _segments, _span
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 
 WARPGROUPS = 2
-BLOCK_KV = WARPGROUPS * ROWS
 BOTH = 128 * WARPGROUPS
 MEET = hopper.FIRST_BARRIER
+DQ_FULL = MEET + 1
+DQ_EMPTY = DQ_FULL + WARPGROUPS
+WITH_WRITER = 128 + 32
+PIECE = 32  # float32 columns that TMA swizzles
 
 
 @dataclass(frozen=True)
 class Config:
     block_q: int = 64
     stages: int = 2
-    code_for_each: bool = True  # of the warpgroups: addresses that depend on which it is would be held in registers
+    split_columns: bool = False
+    masked_loop: bool = False  # a loop of its own for masked blocks: less to move, more code and registers
     l2_bytes: int = 32 * 2**20  # queries, cotangents and dq sums that items running together may share in the L2 cache
+
+    @property
+    def block_kv(self) -> int:
+        return ROWS if self.split_columns else ROWS * WARPGROUPS
 
 
 def config_for(problem: Problem) -> Config:
-    if problem.head_dim <= 64:
-        return Config(block_q=128, code_for_each=False)
-    return Config()
+    if problem.head_dim > 128:
+        return Config(split_columns=True)
+    if problem.head_dim > 64:
+        return Config()
+    return Config(block_q=128, masked_loop=True)
 
 
-def backward(problem: Problem, config: Config, num_sms: int, q, k, v, do, stats, q_seg, kv_seg):
+def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool, q, k, v, do, stats, q_seg, kv_seg):
     """q [B,T,H,D], k [B,S,K,D], v [B,S,K,Dv], do [B,T,H,Dv], stats float32 [B,H,blocks,2,block_q] ->
     dq float32 [B,T,H,D], dk, dv in k's dtype.
 
     stats holds lse in base 2, infinite for rows that saw nothing, and delta.
     """
-    items = problem.batch * problem.kv_heads * tiles.cdiv(problem.kv_len, BLOCK_KV)
-    ctas = min(num_sms, items)
+    kv_tiles, q_blocks = tiles.cdiv(problem.kv_len, config.block_kv), tiles.cdiv(problem.q_len, config.block_q)
+    inputs = [q, k, v, do, stats]
+    if q_seg is not None:
+        q_seg, kv_seg = _pad(q_seg, q_blocks * config.block_q), _pad(kv_seg, kv_tiles * config.block_kv)
+        inputs += [q_seg, kv_seg, *segment_bounds(problem, config, q_seg, kv_seg)]
+    results = [jnp.zeros(q.shape, jnp.float32), lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype)]
+    if deterministic:
+        results.append(jnp.zeros((problem.batch, problem.heads, q_blocks, WARPGROUPS), jnp.int32))
+    ctas = min(num_sms, problem.batch * problem.kv_heads * kv_tiles)
     call = plgpu.kernel(
-        partial(_kernel, problem, config, ctas),
+        partial(_kernel, problem, config, ctas, deterministic, q_seg is not None),
         out_type=(),
         grid=(ctas,),
         grid_names=("cta",),
@@ -62,27 +80,29 @@ def backward(problem: Problem, config: Config, num_sms: int, q, k, v, do, stats,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    empty = (jnp.zeros(q.shape, jnp.float32), lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype))
+    return pl.run_state(lambda refs: call(*inputs, *refs))(tuple(results))[:3]
 
-    def run(refs):
-        call(q, k, v, do, stats, *refs)
 
-    return pl.run_state(run)(empty)
+def _chunks(config: Config, dim: int) -> int:
+    """Chunks of 64 columns of a tile; where the warpgroups split them, an even number."""
+    chunks = tiles.cdiv(dim, CHUNK)
+    return chunks + chunks % 2 if config.split_columns else chunks
 
 
 def _scratch(problem: Problem, config: Config, dtype) -> dict:
-    qk, vo = tiles.cdiv(problem.head_dim, CHUNK), tiles.cdiv(problem.v_dim, CHUNK)
-    stages, block_q = config.stages, config.block_q
-    f32 = dict(tiling=plgpu.TilingTransform((8, 32)), swizzle=plgpu.SwizzleTransform(128))
+    qk, vo = _chunks(config, problem.head_dim), _chunks(config, problem.v_dim)
+    stages, block_q, block_kv = config.stages, config.block_q, config.block_kv
+    tiling, swizzle = plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(128)
+    dq = (WARPGROUPS, 1 if config.split_columns else 2, ROWS, PIECE)
     return dict(
-        k=hopper.tile(1, qk, BLOCK_KV, CHUNK, dtype=dtype),
-        v=hopper.tile(1, vo, BLOCK_KV, CHUNK, dtype=dtype),
+        k=hopper.tile(1, qk, block_kv, CHUNK, dtype=dtype),
+        v=hopper.tile(1, vo, block_kv, CHUNK, dtype=dtype),
         q=hopper.tile(stages, qk, block_q, CHUNK, dtype=dtype),
         do=hopper.tile(stages, vo, block_q, CHUNK, dtype=dtype),
-        ds=hopper.tile(2, block_q // CHUNK, BLOCK_KV, CHUNK, dtype=dtype),
+        ds=hopper.tile(2, block_q // CHUNK, block_kv, CHUNK, dtype=dtype),
         dq=plgpu.RefUnion(
-            plgpu.SMEM((WARPGROUPS, 2, ROWS, 32), jnp.float32, transforms=(f32["swizzle"],)),
-            plgpu.SMEM((WARPGROUPS, 2, ROWS, 32), jnp.float32, transforms=(f32["tiling"], f32["swizzle"])),
+            plgpu.SMEM(dq, jnp.float32, transforms=(swizzle,)),
+            plgpu.SMEM(dq, jnp.float32, transforms=(tiling, swizzle)),
         ),
         stats=plgpu.SMEM((stages, 2, block_q), jnp.float32),
         k_full=plgpu.Barrier(num_arrivals=qk),
@@ -95,34 +115,38 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
     )
 
 
-def _kernel(problem: Problem, config: Config, ctas: int, *refs, **smem):
-    q, k, v, do, stats, dq, dk, dv = refs
+def _kernel(problem: Problem, config: Config, ctas: int, deterministic: bool, has_segments: bool, *refs, **smem):
+    q, k, v, do, stats, *rest = refs
+    rest = iter(rest)
+    segments = tuple(next(rest) for _ in range(4)) if has_segments else None
+    dq, dk, dv, *turns = rest
     wg = lax.axis_index("wg")
-    plan = Plan(problem, config, ctas)
+    plan = Plan(problem, config, ctas, segments)
 
     def consume(which):
         plgpu.set_max_registers(240, action="increase")
-        Consumer(problem, config, which, smem, dq, dk, dv).run(plan)
+        Consumer(plan, which, smem, dk, dv).run()
 
-    if config.code_for_each:
-        for which in range(WARPGROUPS):
-            pl.when(wg == which)(partial(consume, which))
-    else:
-        pl.when(wg < WARPGROUPS)(partial(consume, wg))
+    # The code of either warpgroup apart: addresses that depend on which it is would be held in registers.
+    for which in range(WARPGROUPS):
+        pl.when(wg == which)(partial(consume, which))
 
     @pl.when(wg == WARPGROUPS)
-    def _producer():
+    def _():
         plgpu.set_max_registers(24, action="decrease")
 
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v, do, stats))
+            for which in range(WARPGROUPS):
+                pl.when(warp == 1 + which)(lambda which=which: write_dq(plan, which, smem, dq, *turns))
 
 
 @dataclass(frozen=True)
 class Item:
-    """Traced: a KV tile and the query blocks from lo on that it visits for every head of the group."""
+    """Traced: a tile of keys and the query blocks from lo on that it visits for every head of the group."""
 
+    exists: Array
     batch: Array
     kv_head: Array
     tile: Array
@@ -133,24 +157,41 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which items a block takes, in which order: sections of heads that fit the L2 cache, in each the tiles by rank,
-    the heads inside, dealt to the blocks to and fro. A section fills whole rounds."""
+    """Which items a block takes, in which order.
+
+    For a KV head the tiles come in ascending order, which is the order in which dq is summed. Some KV heads form a
+    section and run side by side. Where tiles differ in work, by a causal mask, a section fills whole pairs of
+    rounds, dealt to and fro; otherwise it is as large as the L2 cache, and items follow each other densely.
+    """
 
     problem: Problem
     config: Config
     ctas: int
+    segments: tuple | None
 
     @property
     def kv_tiles(self) -> int:
-        return tiles.cdiv(self.problem.kv_len, BLOCK_KV)
+        return tiles.cdiv(self.problem.kv_len, self.config.block_kv)
+
+    @property
+    def group(self) -> int:
+        return self.problem.heads // self.problem.kv_heads
+
+    @property
+    def pairs(self) -> int:
+        return self.problem.batch * self.problem.kv_heads
+
+    @property
+    def uniform(self) -> bool:
+        return self.problem.right is None or self.problem.left is not None or self.segments is not None
 
     @property
     def section(self) -> int:
         problem = self.problem
-        group = problem.heads // problem.kv_heads
-        size = group * problem.q_len * (4 * problem.head_dim + 4 * problem.head_dim)
-        fit = max(self.config.l2_bytes // size, tiles.cdiv(2 * self.ctas, self.kv_tiles))
-        return min(problem.batch * problem.kv_heads, fit)
+        if not self.uniform:
+            return min(self.pairs, max(1, 2 * self.ctas // self.kv_tiles))
+        streamed = self.group * problem.q_len * (2 * (problem.head_dim + problem.v_dim) + 4 * problem.head_dim)
+        return min(self.pairs, max(1, self.config.l2_bytes // streamed))
 
     @property
     def rounds_in_section(self) -> int:
@@ -158,26 +199,41 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        pairs = self.problem.batch * self.problem.kv_heads
-        return tiles.cdiv(pairs, self.section) * self.rounds_in_section
+        if self.uniform:
+            return tiles.cdiv(self.pairs * self.kv_tiles, self.ctas)
+        return tiles.cdiv(self.pairs, self.section) * self.rounds_in_section
 
-    def item(self, turn) -> tuple[Array, Item]:
-        """The item of a round, and whether there is one."""
+    def item(self, turn) -> Item:
+        problem, section, cta = self.problem, self.section, lax.axis_index("cta")
+        if self.uniform:
+            which, rest = _divide(turn * self.ctas + cta, section * self.kv_tiles)
+        else:
+            which, turn = _divide(turn, self.rounds_in_section)
+            rest = turn * self.ctas + jnp.where(turn % 2 == 0, cta, self.ctas - 1 - cta)
+        width = jnp.minimum(section, self.pairs - which * section)
+        exists = (width > 0) & (rest < width * self.kv_tiles)
+        tile, pair = _divide(jnp.where(exists, rest, 0), jnp.maximum(width, 1))
+        batch, kv_head = _divide(jnp.where(exists, which * section + pair, 0), problem.kv_heads)
+        kv_start = tile * self.config.block_kv
+        if self.segments is None:
+            lo, hi = query_range(problem, self.config.block_q, kv_start, self.config.block_kv)
+        else:
+            lo, hi = (self.segments[2][batch, i, tile] for i in range(2))
+        return Item(exists, batch, kv_head, tile, kv_start, lo, jnp.where(exists, hi - lo, 0))
+
+    def turn(self, item: Item, block):
+        """How many tiles add to the block's dq before this one."""
         problem = self.problem
-        pairs = problem.batch * problem.kv_heads
-        cta = lax.axis_index("cta")
-        which, turn = _divide(turn, self.rounds_in_section)
-        index = turn * self.ctas + jnp.where(turn % 2 == 0, cta, self.ctas - 1 - cta)
-        width = jnp.minimum(self.section, pairs - which * self.section)
-        valid = index < width * self.kv_tiles
-        tile, pair = _divide(index, width)
-        batch, kv_head = _divide(which * self.section + pair, problem.kv_heads)
-        lo, hi = query_range(problem, self.config.block_q, tile * BLOCK_KV, BLOCK_KV)
-        return valid, Item(batch, kv_head, tile, tile * BLOCK_KV, lo, jnp.where(valid, hi - lo, 0))
+        if self.segments is not None:
+            return item.tile - self.segments[3][item.batch, block]
+        if problem.left is None:
+            return item.tile
+        first = (block * self.config.block_q + problem.offset - problem.left) // self.config.block_kv
+        return item.tile - jnp.maximum(first, 0)
 
 
 def query_range(problem: Problem, block_q: int, kv_start, rows: int):
-    """Query blocks [lo, hi) of which some query may see one of `rows` keys from kv_start on."""
+    """Query blocks [lo, hi) of which some query may see one of `rows` keys from kv_start on. Neither falls with it."""
     blocks = tiles.cdiv(problem.q_len, block_q)
     first = kv_start - problem.offset
     last = first + rows - 1
@@ -187,156 +243,266 @@ def query_range(problem: Problem, block_q: int, kv_start, rows: int):
     return lo, jnp.clip(hi, lo, blocks)
 
 
+def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> tuple[Array, Array]:
+    """int32 [B,4,tiles]: of each tile of keys the query blocks [0, 1) that it visits and those [2, 3) that are of one
+    segment with all of it; and [B,blocks]: the first tile that visits a query block.
+
+    The ranges are widened until neither end falls from one tile to the next: a block's tiles are then consecutive.
+    """
+    q_low, q_high = _extremes(q_seg, config.block_q)
+    kv_low, kv_high = _extremes(kv_seg, config.block_kv)
+    tile, block = jnp.arange(kv_low.shape[1]), jnp.arange(q_low.shape[1])
+    lo, hi = query_range(problem, config.block_q, tile * config.block_kv, config.block_kv)
+    meet = (q_low[:, None] <= kv_high[..., None]) & (q_high[:, None] >= kv_low[..., None])
+    lo, hi = _span(meet & (block >= lo[:, None]) & (block < hi[:, None]), block)
+    hi = lax.cummax(hi, axis=1)
+    lo = jnp.minimum(lax.cummin(lo, axis=1, reverse=True), hi)
+    one = (kv_low == kv_high)[..., None] & (q_low == q_high)[:, None] & (kv_low[..., None] == q_low[:, None])
+    first, last = _span(one, block)
+    last = jnp.where(one.sum(axis=-1) == last - first, last, first)
+    first_tile = (hi[:, :, None] <= block).sum(axis=1)
+    return jnp.stack([lo, hi, first, last], axis=1).astype(jnp.int32), first_tile.astype(jnp.int32)
+
+
 def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
-    problem, config = plan.problem, plan.config
-    group = problem.heads // problem.kv_heads
+    """Load the keys and values of every item and stream its query blocks."""
+    config = plan.config
 
     def one_item(turn, carry):
         count, loaded = carry
-        valid, item = plan.item(turn)
-        steps = item.blocks * group
+        item = plan.item(turn)
 
         def load_kv():
             pl.when(loaded > 0)(lambda: plgpu.barrier_wait(smem["kv_free"]))
             hopper.load_tile(k.at[item.batch, :, item.kv_head], item.kv_start, smem["k"][0].at[0], smem["k_full"])
             hopper.load_tile(v.at[item.batch, :, item.kv_head], item.kv_start, smem["v"][0].at[0], smem["v_full"])
 
-        def one_step(i, _):
-            slot = lax.rem(count + i, config.stages)
-            refill = count + i >= config.stages
-            head, block = _head_and_block(item, group, i)
+        def one_step(g, j):
+            step = count + g * item.blocks + j
+            slot = lax.rem(step, config.stages)
+            head, block = item.kv_head * plan.group + g, item.lo + item.blocks - 1 - j
             start = block * config.block_q
-            pl.when(refill)(lambda: plgpu.barrier_wait(smem["q_free"].at[slot]))
+            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(smem["q_free"].at[slot]))
             hopper.load_tile(q.at[item.batch, :, head], start, smem["q"][0].at[slot], smem["q_full"].at[slot])
             plgpu.copy_gmem_to_smem(stats.at[item.batch, head, block], smem["stats"].at[slot], smem["q_full"].at[slot])
-            pl.when(refill)(lambda: plgpu.barrier_wait(smem["do_free"].at[slot]))
+            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(smem["do_free"].at[slot]))
             hopper.load_tile(do.at[item.batch, :, head], start, smem["do"][0].at[slot], smem["do_full"].at[slot])
 
-        busy = steps > 0
-        pl.when(busy)(load_kv)
-        lax.fori_loop(0, steps, one_step, None)
-        return count + steps, loaded + jnp.where(busy, 1, 0)
+        pl.when(item.exists)(load_kv)
+        _each_step(plan, item, one_step)
+        return count + plan.group * item.blocks, loaded + jnp.where(item.exists, 1, 0)
 
     lax.fori_loop(0, plan.rounds, one_item, (jnp.int32(0), jnp.int32(0)))
 
 
-def _head_and_block(item: Item, group: int, i):
-    """The query head and block of step i: head after head, the last block first, where most items begin together."""
-    g, j = (0, i) if group == 1 else _divide(i, item.blocks)
-    return item.kv_head * group + g, item.lo + item.blocks - 1 - j
+def _each_step(plan: Plan, item: Item, body) -> None:
+    """Head after head, the last query block first, where most items begin together."""
+    lax.fori_loop(0, plan.group, lambda g, _: lax.fori_loop(0, item.blocks, lambda j, _: body(g, j), None), None)
+
+
+def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
+    """Add the parts of dq that a consumer leaves in shared memory; with `turns` tile after tile, in ascending order."""
+    config = plan.config
+    copied = smem["dq"][0].at[which]
+    boxes = copied.shape[0]
+    pieces = _chunks(config, plan.problem.head_dim) if config.split_columns else 1
+
+    def one_step(item: Item, g, j):
+        head, block = item.kv_head * plan.group + g, item.lo + item.blocks - 1 - j
+        row, column = block * config.block_q, 0
+        if config.split_columns or config.block_q == CHUNK:
+            column = which * boxes * pieces * PIECE
+        else:
+            row += which * ROWS
+        mine = None if turns is None else turns.at[item.batch, head, block, which]
+        turn = None if turns is None else plan.turn(item, block)
+        for piece in range(pieces):
+            hopper.bar_sync(DQ_FULL + which, WITH_WRITER)
+            if turns is not None and piece == 0:
+                hopper.wait_for_count(mine, turn)
+            for box in range(boxes):
+                columns = pl.ds(column + (piece * boxes + box) * PIECE + 0 * row, PIECE)
+                target = dq.at[item.batch, pl.ds(row, ROWS), head, columns]
+                plgpu.copy_smem_to_gmem(copied.at[box], target, commit_group=False, reduction_op="add")
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
+        if turns is not None:
+            plgpu.wait_smem_to_gmem(0)
+            hopper.set_count(mine, turn + 1)
+
+    def skip():
+        """What is handed over before an item's first step is nothing."""
+        hopper.bar_sync(DQ_FULL + which, WITH_WRITER)
+        hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
+
+    def one_item(turn, _):
+        item = plan.item(turn)
+        if not config.split_columns:
+            pl.when(item.exists)(skip)
+        _each_step(plan, item, partial(one_step, item))
+
+    hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
+    lax.fori_loop(0, plan.rounds, one_item, None)
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A warpgroup's work on its 64 keys of every item."""
+    """A warpgroup's share of every item."""
 
-    problem: Problem
-    config: Config
-    wg: int | Array
+    plan: Plan
+    which: int
     smem: dict
-    dq: object
     dk: object
     dv: object
 
     @property
-    def group(self) -> int:
-        return self.problem.heads // self.problem.kv_heads
+    def problem(self) -> Problem:
+        return self.plan.problem
 
-    def run(self, plan: Plan) -> None:
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def first_key(self) -> int:
+        """Of this warpgroup in the tile."""
+        return 0 if self.config.split_columns else self.which * ROWS
+
+    def run(self) -> None:
         def one_item(turn, count):
-            valid, item = plan.item(turn)
-            steps = item.blocks * self.group
-            pl.when(steps > 0)(lambda: self.attend(item, steps, count))
-            pl.when(valid & (steps == 0))(lambda: self.store(item, *self.nothing()))
-            return count + steps
+            item = self.plan.item(turn)
+            pl.when(item.exists)(lambda: self.attend(item, count))
+            return count + item.blocks * self.plan.group
 
-        lax.fori_loop(0, plan.rounds, one_item, jnp.int32(0))
+        lax.fori_loop(0, self.plan.rounds, one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def attend(self, item: Item, steps, count) -> None:
+    def attend(self, item: Item, count) -> None:
         plgpu.barrier_wait(self.smem["k_full"])
         plgpu.barrier_wait(self.smem["v_full"])
-        dq = plgpu.layout_cast(jnp.zeros((ROWS, CHUNK), jnp.float32), WGMMA)
-        state = (*self.nothing(), dq)
         first, last = self.open_blocks(item)
 
         def one_head(g, state):
             """The last block first: those on the left edge of the window, the open ones, those on the right edge."""
-            run = partial(self.step, item, count, g * item.blocks)
-            if self.problem.left is not None:
-                state = lax.fori_loop(0, item.blocks - last, partial(run, True), state)
-            state = lax.fori_loop(item.blocks - last, item.blocks - first, partial(run, False), state)
-            if self.starts_masked():
-                state = lax.fori_loop(item.blocks - first, item.blocks, partial(run, True), state)
-            return state
+            step = partial(self.step, item, count, g)
+            if not (self.config.masked_loop and self.edge_exists()):
+                is_open = lambda block: (block >= item.lo + first) & (block < item.lo + last)
+                return lax.fori_loop(0, item.blocks, partial(step, is_open), state)
+            if self.problem.left is not None or self.plan.segments is not None:
+                state = lax.fori_loop(0, item.blocks - last, partial(step, lambda _: False), state)
+            state = lax.fori_loop(item.blocks - last, item.blocks - first, partial(step, lambda _: True), state)
+            return lax.fori_loop(item.blocks - first, item.blocks, partial(step, lambda _: False), state)
 
-        state = one_head(jnp.int32(0), state) if self.group == 1 else lax.fori_loop(0, self.group, one_head, state)
-        dk, dv, dq = state
-        self.add_dq(item, steps - 1, dq)
+        state = self.nothing()
+        state = one_head(jnp.int32(0), state) if self.plan.group == 1 else lax.fori_loop(0, self.plan.group, one_head, state)
+        dk, dv, *dq = state
+        if dq:
+            self.hand_over(dq[0])
         self.store(item, dk, dv)
 
-    def nothing(self) -> tuple[Array, Array]:
-        widths = (tiles.cdiv(x, CHUNK) * CHUNK for x in (self.problem.head_dim, self.problem.v_dim))
+    def nothing(self) -> tuple[Array, ...]:
+        """dk, dv and, where it is handed over a step later, dq."""
+        split = WARPGROUPS if self.config.split_columns else 1
+        widths = [_chunks(self.config, x) * CHUNK // split for x in (self.problem.head_dim, self.problem.v_dim)]
+        if not self.config.split_columns:
+            widths.append(CHUNK)
         return tuple(plgpu.layout_cast(jnp.zeros((ROWS, x), jnp.float32), WGMMA) for x in widths)
 
-    def own(self, tile):
-        """This warpgroup's rows of a tile [chunks, 128, 64]."""
-        return tile.at[:, pl.ds(self.wg * ROWS, ROWS)]
+    def keys(self, tile):
+        """The rows of a tile [chunks, keys, 64] whose scores this warpgroup computes."""
+        return tile.at[:, pl.ds(self.first_key, ROWS)]
 
-    def starts_masked(self) -> bool:
+    def columns(self, tile):
+        """The chunks of a tile whose gradients this warpgroup sums."""
+        if not self.config.split_columns:
+            return tile
+        half = tile.shape[0] // WARPGROUPS
+        return tile.at[pl.ds(self.which * half, half)]
+
+    def edge_exists(self) -> bool:
         problem = self.problem
-        return problem.right is not None or problem.left is not None or problem.kv_len % BLOCK_KV != 0
+        bounded = problem.right is not None or problem.left is not None or self.plan.segments is not None
+        return bounded or problem.kv_len % self.config.block_kv != 0
 
     def open_blocks(self, item: Item):
-        """Of the query blocks visited, those [first, last) that see every key of this warpgroup."""
+        """Of the query blocks visited, counted from the first, those [first, last) that see every key scored here."""
         problem, block_q = self.problem, self.config.block_q
-        first, last = jnp.int32(0), item.blocks
-        kv = item.kv_start + self.wg * ROWS - problem.offset
+        first, last = item.lo, item.lo + item.blocks
+        kv = item.kv_start + self.first_key
         if problem.right is not None:
-            first = -((problem.right - kv - ROWS + 1) // block_q) - item.lo
+            first = jnp.maximum(first, -((problem.right + problem.offset - kv - ROWS + 1) // block_q))
         if problem.left is not None:
-            last = jnp.minimum(last, (kv + problem.left + 1) // block_q - item.lo)
-        if problem.kv_len % BLOCK_KV != 0:
-            first = jnp.where(item.kv_start + (self.wg + 1) * ROWS > problem.kv_len, item.blocks, first)
-        first = jnp.clip(first, 0, item.blocks)
-        return first, jnp.clip(last, first, item.blocks)
+            last = jnp.minimum(last, (kv + problem.left + 1 - problem.offset) // block_q)
+        if self.plan.segments is not None:
+            bounds = self.plan.segments[2]
+            first = jnp.maximum(first, bounds[item.batch, 2, item.tile])
+            last = jnp.minimum(last, bounds[item.batch, 3, item.tile])
+        if problem.kv_len % self.config.block_kv != 0:
+            first = jnp.where(kv + ROWS > problem.kv_len, last, first)
+        first = jnp.clip(first - item.lo, 0, item.blocks)
+        return first, jnp.clip(last - item.lo, first, item.blocks)
 
-    def step(self, item: Item, count, before, masked, j, state):
-        """One query block of one head. Nothing is in flight between two steps; dq of a step leaves under the next."""
-        dk, dv, dq = state
-        i = before + j
-        slot = lax.rem(count + i, self.config.stages)
-        _, block = _head_and_block(item, self.group, i)
+    def step(self, item: Item, count, g, is_open, j, state):
+        """One query block of one head. Nothing is in flight between two steps; dq is handed over under the next."""
+        dk, dv, *dq = state
+        i = count + g * item.blocks + j
+        slot = lax.rem(i, self.config.stages)
+        block = item.lo + item.blocks - 1 - j
         q, do = self.smem["q"][1].at[slot], self.smem["do"][1].at[slot]
         k, v = (self.smem[name][1].at[hopper.zero()] for name in "kv")
-        ds_tile = self.smem["ds"][1].at[lax.rem(count + i, 2)]
+        ds_tile = self.smem["ds"][1].at[self.which if self.config.split_columns else lax.rem(i, 2)]
 
         plgpu.barrier_wait(self.smem["q_full"].at[slot])
-        s = hopper.product_t(self.own(k), q)
-        # Before the first step there is nothing to add: zeros to its own block.
-        self.add_dq(item, jnp.maximum(i - 1, 0), dq)
+        s = hopper.product_t(self.keys(k), q)
+        if dq:
+            self.hand_over(dq[0])
         plgpu.barrier_wait(self.smem["do_full"].at[slot])
-        dp = hopper.product_t(self.own(v), do)
-        p, slope = self.probabilities(hopper.wait(1, s), item, block, slot, masked)
+        dp = hopper.product_t(self.keys(v), do)
+        p, slope = self.probabilities(hopper.wait(1, s), item, block, slot, is_open(block))
         dv, p16 = hopper.settle(dv, p.astype(self.dk.dtype))
-        dv = hopper.accumulate(dv, p16, do)
+        dv = hopper.accumulate(dv, p16, self.columns(do))
         dp = hopper.wait(1, dp)
         ds = p * (dp - self.statistic(1, slot, dp.shape))
         ds = ds if slope is None else ds * slope
         dk, ds = hopper.settle(dk, ds.astype(self.dk.dtype))
-        dk = hopper.accumulate(dk, ds, q)
-        for j in range(self.config.block_q // CHUNK):
-            ds_tile.at[j, pl.ds(self.wg * ROWS, ROWS)][...] = ds[:, j * CHUNK : (j + 1) * CHUNK]
-        plgpu.commit_smem()
-        hopper.bar_sync(MEET, BOTH)
-        dq = self.dq_part(ds_tile, k)
-        dk, dv = hopper.wait(1, dk, dv)
+        dk = hopper.accumulate(dk, ds, self.columns(q))
+        for c in range(self.config.block_q // CHUNK):
+            self.keys(ds_tile).at[c][...] = ds[:, c * CHUNK : (c + 1) * CHUNK]
+        hopper.fence()
+        if self.config.split_columns:
+            dk, dv = self.add_columns(ds_tile, k, dk, dv)
+            dq = []
+        else:
+            hopper.bar_sync(MEET, BOTH)
+            dq, dk, dv = self.add_half(ds_tile, k, dk, dv)
         plgpu.barrier_arrive(self.smem["q_free"].at[slot])
         plgpu.barrier_arrive(self.smem["do_free"].at[slot])
-        # ptxas takes a product's own registers for unfinished once the next step has begun, those of a multiply not.
-        return dk, dv, hopper.wait(0, dq) * self.problem.scale
+        return dk, dv, *dq
 
-    def probabilities(self, s, item: Item, block, slot, masked):
+    def add_half(self, ds_tile, k, dk, dv):
+        """Half of dS K over the keys of both: 64 columns or, if there are no more, 64 of 128 queries."""
+        halves = (ds_tile.at[0], k.at[self.which]) if self.config.block_q == CHUNK else (ds_tile.at[self.which], k.at[0])
+        dq = hopper.product_tn(*halves)
+        dk, dv = hopper.wait(1, dk, dv)
+        # ptxas takes a product's own registers for unfinished once the next step has begun, those of a multiply not.
+        return [hopper.wait(0, dq) * self.problem.scale], dk, dv
+
+    def add_columns(self, ds_tile, k, dk, dv):
+        """Half of the columns of dS K, 64 at a time."""
+        hopper.bar_sync(DQ_EMPTY + WARPGROUPS + self.which, 128)
+        half = k.shape[0] // WARPGROUPS
+        for c in range(half):
+            dq = hopper.product_tn(ds_tile.at[0], k.at[self.which * half + c])
+            if c == 0:
+                dk, dv, dq = hopper.wait(0, dk, dv, dq)
+            else:
+                dq = hopper.wait(0, dq)
+            for piece in range(CHUNK // PIECE):
+                self.hand_over(dq[:, piece * PIECE : (piece + 1) * PIECE] * self.problem.scale)
+        return dk, dv
+
+    def probabilities(self, s, item: Item, block, slot, open_block):
         """P^T, and the slope of the cap where there is one."""
         problem, slope = self.problem, None
         if problem.shaped and problem.softcap is None:
@@ -345,7 +511,11 @@ class Consumer:
             s = jnp.tanh(s * (problem.scale / problem.softcap))
             slope = 1 - s * s
         p = jnp.exp2(s * problem.exponent - self.statistic(0, slot, s.shape))
-        return self.masked(p, item, block) if masked else p, slope
+        if open_block is False:
+            p = self.masked(p, item, block)
+        elif open_block is not True and self.edge_exists():
+            p = lax.cond(open_block, lambda: p, lambda: self.masked(p, item, block))
+        return p, slope
 
     def statistic(self, which: int, slot, shape) -> Array:
         values = plgpu.load(self.smem["stats"].at[slot, which], layout=COL, optimized=False)
@@ -353,56 +523,49 @@ class Consumer:
 
     def masked(self, p, item: Item, block):
         problem, shape = self.problem, p.shape
-        kv_pos = lax.broadcast_in_dim(_iota(shape[0], ROW) + (item.kv_start + self.wg * ROWS), shape, [0])
-        q_pos = _iota(shape[1], COL) + (block * self.config.block_q + problem.offset)
+        kv_start, q_start = item.kv_start + self.first_key, block * self.config.block_q
+        kv_pos = lax.broadcast_in_dim(_iota(shape[0], ROW) + kv_start, shape, [0])
+        q_pos = _iota(shape[1], COL) + (q_start + problem.offset)
         if problem.right is None:
             seen = kv_pos < problem.kv_len
         else:
             last = jnp.minimum(q_pos + problem.right, problem.kv_len - 1)
             seen = kv_pos <= lax.broadcast_in_dim(last, shape, [1])
         if problem.left is not None:
-            seen &= kv_pos >= lax.broadcast_in_dim(q_pos - problem.left, shape, [1])
+            seen &= kv_pos + problem.left >= lax.broadcast_in_dim(q_pos, shape, [1])
+        if self.plan.segments is not None:
+            q_seg = _segments(self.plan.segments[0], item.batch, q_start, shape[1], COL)
+            kv_seg = _segments(self.plan.segments[1], item.batch, kv_start, shape[0], ROW)
+            seen &= lax.broadcast_in_dim(kv_seg, shape, [0]) == lax.broadcast_in_dim(q_seg, shape, [1])
         return jnp.where(seen, p, 0.0)
 
-    def dq_part(self, ds_tile, k) -> Array:
-        """This warpgroup's half of dS K: 64 of the head's columns or, if there are no more, 64 of 128 queries."""
-        if self.config.block_q == CHUNK:
-            return hopper.product_tn(ds_tile.at[0], k.at[self.wg])
-        return hopper.product_tn(ds_tile.at[self.wg], k.at[0])
-
-    def add_dq(self, item: Item, i, dq) -> None:
-        head, block = _head_and_block(item, self.group, i)
-        copied, written = (x.at[self.wg] for x in self.smem["dq"])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        row = block * self.config.block_q
-        column = 0
-        if self.config.block_q == CHUNK:
-            column = self.wg * CHUNK + 0 * row
-        else:
-            row += self.wg * ROWS
-        for j in range(2):
-            written[j] = dq[:, j * 32 : (j + 1) * 32]
-        plgpu.commit_smem()
-        for j in range(2):
-            target = self.dq.at[item.batch, pl.ds(row, ROWS), head, pl.ds(column + j * 32, 32)]
-            plgpu.copy_smem_to_gmem(copied.at[j], target, commit_group=False, reduction_op="add")
-        plgpu.commit_smem_to_gmem_group()
+    def hand_over(self, dq) -> None:
+        """Leave a part of dq to the writer."""
+        hopper.bar_sync(DQ_EMPTY + self.which, WITH_WRITER)
+        written = self.smem["dq"][1].at[self.which]
+        for box in range(written.shape[0]):
+            written[box] = dq[:, box * PIECE : (box + 1) * PIECE]
+        hopper.fence()
+        hopper.bar_arrive(DQ_FULL + self.which, WITH_WRITER)
 
     def store(self, item: Item, dk, dv) -> None:
-        """dk and dv leave through this warpgroup's rows of the key and value tiles."""
+        """dk and dv leave through the tiles of keys and values that they are gradients of."""
         hopper.bar_sync(MEET, BOTH)
-        start = item.kv_start + self.wg * ROWS
-        for name, x, target in (("k", dk * self.problem.scale, self.dk), ("v", dv, self.dv)):
-            written = self.own(self.smem[name][1].at[0])
-            for j in range(x.shape[1] // CHUNK):
-                written[j] = x[:, j * CHUNK : (j + 1) * CHUNK].astype(target.dtype)
+        start = item.kv_start + self.first_key
+        sums = (("k", dk * self.problem.scale, self.dk), ("v", dv, self.dv))
+        for name, x, target in sums:
+            written = self.keys(self.columns(self.smem[name][1].at[0]))
+            for c in range(written.shape[0]):
+                written[c] = x[:, c * CHUNK : (c + 1) * CHUNK].astype(target.dtype)
         plgpu.commit_smem()
-        for name, target in (("k", self.dk), ("v", self.dv)):
-            copied = self.smem[name][0].at[0]
-            for j in range(copied.shape[0]):
-                columns = hopper.columns(j, target.shape[-1], start)
-                rows = target.at[item.batch, pl.ds(start, ROWS), item.kv_head, columns]
-                plgpu.copy_smem_to_gmem(copied.at[j, pl.ds(self.wg * ROWS, ROWS)], rows, commit_group=False)
+        for name, _, target in sums:
+            copied = self.keys(self.columns(self.smem[name][0].at[0]))
+            base = self.which * copied.shape[0] if self.config.split_columns else 0
+            for c in range(copied.shape[0]):
+                if (base + c) * CHUNK < target.shape[-1]:
+                    columns = hopper.columns(base + c, target.shape[-1], start)
+                    rows = target.at[item.batch, pl.ds(start, ROWS), item.kv_head, columns]
+                    plgpu.copy_smem_to_gmem(copied.at[c], rows, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(self.smem["kv_free"])

@@ -135,6 +135,36 @@ def wait(in_flight: int, *arrays: Array) -> Any:
     return done if len(arrays) > 1 else done[0]
 
 
+def fence() -> None:
+    """What this thread wrote to shared memory can be read by TMA and WGMMA once a barrier has been passed."""
+
+    @plgpu.inline_mgpu()
+    def issue(_):
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    issue()
+
+
+def wait_for_count(counter: Any, count: Any) -> None:
+    """Spin until the int32 in global memory is `count`."""
+    text = "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$0]; setp.ne.b32 p, v, $1; @p bra again; }"
+    _with_counter(counter, count, text)
+
+
+def set_count(counter: Any, count: Any) -> None:
+    """Set the int32 in global memory, after all that this warp has seen done."""
+    _with_counter(counter, count, "fence.acq_rel.gpu; st.release.gpu.global.b32 [$0], $1;")
+
+
+def _with_counter(counter: Any, count: Any, text: str) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def issue(_, counter, count):
+        operands = [mgpu.utils.memref_ptr(counter), count.registers[()]]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "l,r", has_side_effects=True)
+
+    issue(counter, jnp.asarray(count, jnp.int32))
+
+
 def settle(*arrays: Array) -> Any:
     """`arrays` in the registers they stay in: a copy made between products in flight would serialise them."""
     types = tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, WGMMA) for x in arrays)
