@@ -14,11 +14,15 @@ import jax
 NAMES = ("xla", "mosaic_gpu", "mosaic_tpu", "reference")
 
 MODULES = {
-    "flash_attention": {"xla": "paxattn.kernels.xla_flash", "reference": "paxattn.reference"},
+    "flash_attention": {
+        "xla": "paxattn.kernels.xla_flash",
+        "mosaic_gpu": "paxattn.kernels.gpu_flash",
+        "reference": "paxattn.reference",
+    },
     "paged_attention": {"xla": "paxattn.kernels.xla_paged", "reference": "paxattn.reference"},
 }
 
-ORDER = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
+ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",), "cpu": ("xla",)}
 
 
 def call(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:

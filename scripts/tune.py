@@ -22,11 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_attention as bench
 import jax
-from bench_attention import Documents, Inputs, Row, Shape, say
 from jax import Array
 from jax.stages import Compiled
+
+from scripts import bench_attention as bench
+from scripts.bench_attention import Documents, Inputs, Row, Shape, say
 
 DIMS = ("64", "80", "96", "128", "192/128", "256")
 MASKS = ("causal", "full")
@@ -78,22 +79,11 @@ def attend(deterministic: bool, **configs: Config) -> bench.Make:
     flash = importlib.import_module("paxattn.kernels.gpu_flash")
 
     def make(shape: Shape) -> bench.Attend:
+        right = 0 if shape.causal else None
+        options = flash.Options(None, right, shape.scale, None, deterministic, flash.multiprocessors(), **configs)
+
         def run(q: Array, k: Array, v: Array, docs: Documents | None) -> Array:
-            out, _ = flash.attend(
-                q,
-                k,
-                v,
-                None,
-                None,
-                None,
-                left=None,
-                right=0 if shape.causal else None,
-                scale=shape.scale,
-                softcap=None,
-                deterministic=deterministic,
-                **configs,
-            )
-            return out
+            return flash.attend(options, q, k, v, None, None, None)[0]
 
         return run
 
@@ -102,8 +92,8 @@ def attend(deterministic: bool, **configs: Config) -> bench.Make:
 
 def kernel(problem: Problem, config: Config, forward: Config | None) -> bench.Make:
     if problem.deterministic is None:
-        return attend(True, fwd_config=config)
-    return attend(problem.deterministic, fwd_config=forward, bwd_config=config)
+        return attend(True, forward=config)
+    return attend(problem.deterministic, forward=forward, backward=config)
 
 
 def tune(problems: list[Problem], forwards: dict[Problem, Best], options: argparse.Namespace) -> dict[Problem, Best]:

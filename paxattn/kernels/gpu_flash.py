@@ -1,14 +1,32 @@
 """flash_attention on Hopper GPUs: what joins the forward and the backward kernel to JAX."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from paxattn.kernels import gpu_flash_bwd, gpu_flash_fwd, online_softmax, tiles
-from paxattn.kernels.gpu_flash_fwd import LOG2E, Problem
+from paxattn.kernels.gpu_blocks import LOG2E, Problem
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is static in a call and not in its shapes; a config of None is the one for the problem."""
+
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+    deterministic: bool
+    multiprocessors: int
+    forward: gpu_flash_fwd.Config | None = None
+    backward: gpu_flash_bwd.Config | None = None
+
 
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128))
 
@@ -17,17 +35,15 @@ def flash_attention(
     q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, right, scale, softcap, deterministic
 ) -> tuple[Array, Array]:
     _decline(q, v)
-    options = (left, right, scale, softcap, deterministic, streaming_multiprocessors())
-    try:
-        return attend(options, q, k, v, sinks, q_segment_ids, kv_segment_ids)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        message = "forward-mode differentiation: 'mosaic_gpu' has a reverse mode only; implementation=\"xla\" has both"
-        raise NotImplementedError(message) from error
+    options = Options(left, right, scale, softcap, deterministic, multiprocessors())
+    arrays = _vary_alike(*_reverse_mode(q, k, v, sinks), q_segment_ids, kv_segment_ids)
+    return attend(options, *arrays)
 
 
 def _decline(q: Array, v: Array) -> None:
+    if not on_hopper():
+        kind = jax.devices()[0].device_kind
+        raise NotImplementedError(f"device {kind}: 'mosaic_gpu' needs a Hopper GPU (compute capability 9.0)")
     if q.dtype.name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
     if (dims := (q.shape[-1], v.shape[-1])) not in HEAD_DIMS:
@@ -35,17 +51,59 @@ def _decline(q: Array, v: Array) -> None:
         raise NotImplementedError(f"head dims {dims}: 'mosaic_gpu' serves {served}")
 
 
-def streaming_multiprocessors() -> int:
-    """Of this process's GPU, which must be a Hopper."""
+def on_hopper() -> bool:
     device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        raise NotImplementedError(f"device {device.device_kind}: 'mosaic_gpu' needs a Hopper GPU (sm_90)")
-    return device.core_count
+    return device.platform == "gpu" and device.compute_capability == "9.0"
+
+
+def multiprocessors() -> int:
+    """Of this process's GPU; an H100's where code is lowered on a machine without one."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
+
+
+def _vary_alike(*arrays: Array | None) -> list[Array | None]:
+    """Under shard_map, all of them varying over the axes that any varies over, as the kernels' results will."""
+    given = [x for x in arrays if x is not None]
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in given))
+
+    def vary(x):
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return [None if x is None else vary(x) for x in arrays]
+
+
+FORWARD_MODE = "forward-mode differentiation: 'mosaic_gpu' has a reverse mode alone; implementation=\"xla\" has both"
+SECOND = "second derivatives: 'mosaic_gpu' has first ones alone; implementation=\"xla\" has any"
+
+
+def _refuse(message: str, *_: Any, **__: Any) -> Any:
+    raise NotImplementedError(message)
+
+
+# The identity of a tangent, which is transposed in reverse mode and would be computed in forward mode only.
+_tangent_p = Primitive("reverse_mode_only")
+_tangent_p.def_abstract_eval(lambda x: x)
+_tangent_p.def_impl(partial(_refuse, FORWARD_MODE))
+mlir.register_lowering(_tangent_p, partial(_refuse, FORWARD_MODE))
+ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+batching.defvectorized(_tangent_p)
+
+
+@jax.custom_jvp
+def _reverse_mode(*arrays: Array | None) -> tuple[Array | None, ...]:
+    """`arrays`, with an error of our own where they are differentiated in forward mode."""
+    return arrays
+
+
+@_reverse_mode.defjvp
+def _reverse_mode_jvp(primals, tangents):
+    return primals, jax.tree.map(_tangent_p.bind, tangents)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(options: tuple, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
-    """`options` are left, right, scale, softcap, deterministic and the number of multiprocessors to use."""
+def attend(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
     out, lse = _forward(options, q, k, v, sinks, q_seg, kv_seg)
     return out, lse[:, :, : q.shape[1]]
 
@@ -66,7 +124,7 @@ def _attend_bwd(options, saved, cotangents):
     dq, dk, dv = _backward(options, q, k, v, do, lse, delta, q_seg, kv_seg)
     dsinks = None
     if sinks is not None:
-        weights = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(sinks.astype(jnp.float32)[:, None] - lse))
+        weights = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse))
         dsinks = -(weights * delta).sum(axis=(0, 2)).astype(sinks.dtype)
     return dq, dk, dv, dsinks, None, None
 
@@ -74,18 +132,18 @@ def _attend_bwd(options, saved, cotangents):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _problem(options, q, k, v) -> Problem:
-    left, right, scale, softcap, _, _ = options
+def _problem(options: Options, q, v) -> Problem:
     batch, q_len, heads, head_dim = q.shape
     _, kv_len, kv_heads, v_dim = v.shape
-    return Problem(batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim, left, right, scale, softcap)
+    shape = (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim)
+    return Problem(*shape, options.left, options.right, options.scale, options.softcap)
 
 
 def _forward(options, q, k, v, sinks, q_seg, kv_seg):
     def run(q, k, v, sinks, q_seg, kv_seg):
-        problem = _problem(options, q, k, v)
-        config = gpu_flash_fwd.config_for(problem)
-        return gpu_flash_fwd.forward(problem, config, options[-1], q, k, v, sinks, q_seg, kv_seg)
+        problem = _problem(options, q, v)
+        config = options.forward or gpu_flash_fwd.config_for(problem)
+        return gpu_flash_fwd.forward(problem, config, options.multiprocessors, q, k, v, sinks, q_seg, kv_seg)
 
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.astype(jnp.float32), (q.shape[0], q.shape[2]))
@@ -94,16 +152,16 @@ def _forward(options, q, k, v, sinks, q_seg, kv_seg):
 
 def _backward(options, q, k, v, do, lse, delta, q_seg, kv_seg):
     def run(q, k, v, do, lse, delta, q_seg, kv_seg):
-        problem = _problem(options, q, k, v)
-        config = gpu_flash_bwd.config_for(problem)
+        problem = _problem(options, q, v)
+        config = options.backward or gpu_flash_bwd.config_for(problem)
         stats = _stats(lse, delta, config.block_q)
-        deterministic, num_sms = options[-2:]
-        dq, dk, dv = gpu_flash_bwd.backward(
-            problem, config, num_sms, deterministic, q, k, v, do, stats, q_seg, kv_seg
-        )
+        plan = (problem, config, options.multiprocessors, options.deterministic)
+        dq, dk, dv = gpu_flash_bwd.backward(*plan, q, k, v, do, stats, q_seg, kv_seg)
         return dq.astype(q.dtype), dk, dv
 
-    return online_softmax.vary_like(_folding(run)(q, k, v, do, lse, delta, q_seg, kv_seg), q, k, v, do)
+    once = jax.custom_jvp(_folding(run))
+    once.defjvp(partial(_refuse, SECOND))
+    return online_softmax.vary_like(once(q, k, v, do, lse, delta, q_seg, kv_seg), q, k, v, do)
 
 
 def _stats(lse: Array, delta: Array, block_q: int) -> Array:

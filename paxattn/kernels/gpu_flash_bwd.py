@@ -9,15 +9,27 @@ a writer warp for each consumer waits its turn, where the sums must have a fixed
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, tiles
-from paxattn.kernels.gpu_flash_fwd import ROWS, Problem, _divide, _extremes, _iota, _pad, _segments, _span
+from paxattn.kernels.gpu_blocks import (
+    ROWS,
+    Problem,
+    divide,
+    extremes,
+    in_range,
+    iota,
+    load_segments,
+    may_meet,
+    pad_segments,
+    same_segment,
+    span,
+)
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 
 WARPGROUPS = 2
@@ -50,6 +62,20 @@ def config_for(problem: Problem) -> Config:
     return Config(block_q=128, masked_loop=True)
 
 
+def candidates(head_dim: int, v_dim: int) -> list[Config]:
+    """The configs worth timing for a head; not all of them compile for every dtype and mask."""
+    del v_dim
+    if head_dim > 128:
+        return [Config(split_columns=True, l2_bytes=size * 2**20) for size in (16, 32)]
+    return [
+        Config(block_q, stages, False, masked_loop, size * 2**20)
+        for block_q in ((128,) if head_dim <= 64 else (64,))
+        for stages in (2, 3)
+        for masked_loop in (False, True)
+        for size in (16, 32)
+    ]
+
+
 def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool, q, k, v, do, stats, q_seg, kv_seg):
     """q [B,T,H,D], k [B,S,K,D], v [B,S,K,Dv], do [B,T,H,Dv], stats float32 [B,H,blocks,2,block_q] ->
     dq float32 [B,T,H,D], dk, dv in k's dtype.
@@ -59,7 +85,7 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
     kv_tiles, q_blocks = tiles.cdiv(problem.kv_len, config.block_kv), tiles.cdiv(problem.q_len, config.block_q)
     inputs = [q, k, v, do, stats]
     if q_seg is not None:
-        q_seg, kv_seg = _pad(q_seg, q_blocks * config.block_q), _pad(kv_seg, kv_tiles * config.block_kv)
+        q_seg, kv_seg = pad_segments(q_seg, q_blocks * config.block_q), pad_segments(kv_seg, kv_tiles * config.block_kv)
         inputs += [q_seg, kv_seg, *segment_bounds(problem, config, q_seg, kv_seg)]
     results = [jnp.zeros(q.shape, jnp.float32), lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype)]
     if deterministic:
@@ -92,18 +118,13 @@ def _chunks(config: Config, dim: int) -> int:
 def _scratch(problem: Problem, config: Config, dtype) -> dict:
     qk, vo = _chunks(config, problem.head_dim), _chunks(config, problem.v_dim)
     stages, block_q, block_kv = config.stages, config.block_q, config.block_kv
-    tiling, swizzle = plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(128)
-    dq = (WARPGROUPS, 1 if config.split_columns else 2, ROWS, PIECE)
     return dict(
         k=hopper.tile(1, qk, block_kv, CHUNK, dtype=dtype),
         v=hopper.tile(1, vo, block_kv, CHUNK, dtype=dtype),
         q=hopper.tile(stages, qk, block_q, CHUNK, dtype=dtype),
         do=hopper.tile(stages, vo, block_q, CHUNK, dtype=dtype),
         ds=hopper.tile(2, block_q // CHUNK, block_kv, CHUNK, dtype=dtype),
-        dq=plgpu.RefUnion(
-            plgpu.SMEM(dq, jnp.float32, transforms=(swizzle,)),
-            plgpu.SMEM(dq, jnp.float32, transforms=(tiling, swizzle)),
-        ),
+        dq=hopper.float32_tile(WARPGROUPS, 1 if config.split_columns else 2, ROWS, PIECE),
         stats=plgpu.SMEM((stages, 2, block_q), jnp.float32),
         k_full=plgpu.Barrier(num_arrivals=qk),
         v_full=plgpu.Barrier(num_arrivals=vo),
@@ -117,9 +138,8 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
 
 def _kernel(problem: Problem, config: Config, ctas: int, deterministic: bool, has_segments: bool, *refs, **smem):
     q, k, v, do, stats, *rest = refs
-    rest = iter(rest)
-    segments = tuple(next(rest) for _ in range(4)) if has_segments else None
-    dq, dk, dv, *turns = rest
+    segments, results = (tuple(rest[:4]), rest[4:]) if has_segments else (None, rest)
+    dq, dk, dv, *turns = results
     wg = lax.axis_index("wg")
     plan = Plan(problem, config, ctas, segments)
 
@@ -139,7 +159,7 @@ def _kernel(problem: Problem, config: Config, ctas: int, deterministic: bool, ha
         def _(warp):
             pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v, do, stats))
             for which in range(WARPGROUPS):
-                pl.when(warp == 1 + which)(lambda which=which: write_dq(plan, which, smem, dq, *turns))
+                pl.when(warp == 1 + which)(partial(write_dq, plan, which, smem, dq, *turns))
 
 
 @dataclass(frozen=True)
@@ -206,14 +226,14 @@ class Plan:
     def item(self, turn) -> Item:
         problem, section, cta = self.problem, self.section, lax.axis_index("cta")
         if self.uniform:
-            which, rest = _divide(turn * self.ctas + cta, section * self.kv_tiles)
+            which, rest = divide(turn * self.ctas + cta, section * self.kv_tiles)
         else:
-            which, turn = _divide(turn, self.rounds_in_section)
+            which, turn = divide(turn, self.rounds_in_section)
             rest = turn * self.ctas + jnp.where(turn % 2 == 0, cta, self.ctas - 1 - cta)
         width = jnp.minimum(section, self.pairs - which * section)
         exists = (width > 0) & (rest < width * self.kv_tiles)
-        tile, pair = _divide(jnp.where(exists, rest, 0), jnp.maximum(width, 1))
-        batch, kv_head = _divide(jnp.where(exists, which * section + pair, 0), problem.kv_heads)
+        tile, pair = divide(jnp.where(exists, rest, 0), jnp.maximum(width, 1))
+        batch, kv_head = divide(jnp.where(exists, which * section + pair, 0), problem.kv_heads)
         kv_start = tile * self.config.block_kv
         if self.segments is None:
             lo, hi = query_range(problem, self.config.block_q, kv_start, self.config.block_kv)
@@ -249,19 +269,15 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
 
     The ranges are widened until neither end falls from one tile to the next: a block's tiles are then consecutive.
     """
-    q_low, q_high = _extremes(q_seg, config.block_q)
-    kv_low, kv_high = _extremes(kv_seg, config.block_kv)
-    tile, block = jnp.arange(kv_low.shape[1]), jnp.arange(q_low.shape[1])
-    lo, hi = query_range(problem, config.block_q, tile * config.block_kv, config.block_kv)
-    meet = (q_low[:, None] <= kv_high[..., None]) & (q_high[:, None] >= kv_low[..., None])
-    lo, hi = _span(meet & (block >= lo[:, None]) & (block < hi[:, None]), block)
+    q_low, q_high = extremes(q_seg, config.block_q)
+    kv_low, kv_high = extremes(kv_seg, config.block_kv)
+    lo, hi = query_range(problem, config.block_q, jnp.arange(kv_low.shape[1]) * config.block_kv, config.block_kv)
+    lo, hi = span(may_meet(kv_low, kv_high, q_low, q_high) & in_range(lo, hi, q_low.shape[1]))
     hi = lax.cummax(hi, axis=1)
     lo = jnp.minimum(lax.cummin(lo, axis=1, reverse=True), hi)
-    one = (kv_low == kv_high)[..., None] & (q_low == q_high)[:, None] & (kv_low[..., None] == q_low[:, None])
-    first, last = _span(one, block)
-    last = jnp.where(one.sum(axis=-1) == last - first, last, first)
-    first_tile = (hi[:, :, None] <= block).sum(axis=1)
-    return jnp.stack([lo, hi, first, last], axis=1).astype(jnp.int32), first_tile.astype(jnp.int32)
+    bounds = [lo, hi, *same_segment(kv_low, kv_high, q_low, q_high)]
+    first_tile = (hi[:, :, None] <= jnp.arange(q_low.shape[1])[None, None]).sum(axis=1)
+    return jnp.stack(bounds, axis=1).astype(jnp.int32), first_tile.astype(jnp.int32)
 
 
 def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
@@ -277,8 +293,8 @@ def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
             hopper.load_tile(k.at[item.batch, :, item.kv_head], item.kv_start, smem["k"][0].at[0], smem["k_full"])
             hopper.load_tile(v.at[item.batch, :, item.kv_head], item.kv_start, smem["v"][0].at[0], smem["v_full"])
 
-        def one_step(g, j):
-            step = count + g * item.blocks + j
+        def one_step(j, g):
+            step = count + j * plan.group + g
             slot = lax.rem(step, config.stages)
             head, block = item.kv_head * plan.group + g, item.lo + item.blocks - 1 - j
             start = block * config.block_q
@@ -296,8 +312,8 @@ def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
 
 
 def _each_step(plan: Plan, item: Item, body) -> None:
-    """Head after head, the last query block first, where most items begin together."""
-    lax.fori_loop(0, plan.group, lambda g, _: lax.fori_loop(0, item.blocks, lambda j, _: body(g, j), None), None)
+    """The last query block first, where most items begin together, and each for one head after the other."""
+    lax.fori_loop(0, item.blocks, lambda j, _: lax.fori_loop(0, plan.group, lambda g, _: body(j, g), None), None)
 
 
 def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
@@ -307,19 +323,20 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
     boxes = copied.shape[0]
     pieces = _chunks(config, plan.problem.head_dim) if config.split_columns else 1
 
-    def one_step(item: Item, g, j):
+    def one_step(item: Item, j, g):
         head, block = item.kv_head * plan.group + g, item.lo + item.blocks - 1 - j
         row, column = block * config.block_q, 0
         if config.split_columns or config.block_q == CHUNK:
             column = which * boxes * pieces * PIECE
         else:
             row += which * ROWS
-        mine = None if turns is None else turns.at[item.batch, head, block, which]
-        turn = None if turns is None else plan.turn(item, block)
         for piece in range(pieces):
             hopper.bar_sync(DQ_FULL + which, WITH_WRITER)
             if turns is not None and piece == 0:
-                hopper.wait_for_count(mine, turn)
+                # The sums of the step before have long arrived: saying so only now costs this warp no wait.
+                plgpu.wait_smem_to_gmem(0)
+                pass_on(item, j, g)
+                hopper.wait_for_count(turns.at[item.batch, head, block, which], plan.turn(item, block))
             for box in range(boxes):
                 columns = pl.ds(column + (piece * boxes + box) * PIECE + 0 * row, PIECE)
                 target = dq.at[item.batch, pl.ds(row, ROWS), head, columns]
@@ -327,9 +344,14 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
-        if turns is not None:
-            plgpu.wait_smem_to_gmem(0)
-            hopper.set_count(mine, turn + 1)
+
+    def pass_on(item: Item, j, g):
+        """Let the next tile add to what was added to before step (j, g)."""
+        before, last = j * plan.group + g - 1, plan.group - 1
+        j, g = jnp.where(g > 0, j, j - 1), jnp.where(g > 0, g - 1, last)
+        head, block = item.kv_head * plan.group + g, item.lo + item.blocks - 1 - j
+        mine = turns.at[item.batch, head, jnp.maximum(block, 0), which]
+        pl.when(before >= 0)(lambda: hopper.set_count(mine, plan.turn(item, block) + 1))
 
     def skip():
         """What is handed over before an item's first step is nothing."""
@@ -341,6 +363,9 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
         if not config.split_columns:
             pl.when(item.exists)(skip)
         _each_step(plan, item, partial(one_step, item))
+        if turns is not None:
+            plgpu.wait_smem_to_gmem(0)
+            pl.when(item.blocks > 0)(lambda: pass_on(item, item.blocks, jnp.int32(0)))
 
     hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
     lax.fori_loop(0, plan.rounds, one_item, None)
@@ -353,8 +378,8 @@ class Consumer:
     plan: Plan
     which: int
     smem: dict
-    dk: object
-    dv: object
+    dk: Any
+    dv: Any
 
     @property
     def problem(self) -> Problem:
@@ -379,23 +404,31 @@ class Consumer:
         plgpu.wait_smem_to_gmem(0)
 
     def attend(self, item: Item, count) -> None:
+        """The last block first: those on the left edge of the window, the open ones, those on the right edge."""
         plgpu.barrier_wait(self.smem["k_full"])
         plgpu.barrier_wait(self.smem["v_full"])
         first, last = self.open_blocks(item)
 
-        def one_head(g, state):
-            """The last block first: those on the left edge of the window, the open ones, those on the right edge."""
-            step = partial(self.step, item, count, g)
-            if not (self.config.masked_loop and self.edge_exists()):
-                is_open = lambda block: (block >= item.lo + first) & (block < item.lo + last)
-                return lax.fori_loop(0, item.blocks, partial(step, is_open), state)
-            if self.problem.left is not None or self.plan.segments is not None:
-                state = lax.fori_loop(0, item.blocks - last, partial(step, lambda _: False), state)
-            state = lax.fori_loop(item.blocks - last, item.blocks - first, partial(step, lambda _: True), state)
-            return lax.fori_loop(item.blocks - first, item.blocks, partial(step, lambda _: False), state)
+        def visit(start, end, is_open, state):
+            def one_block(j, state):
+                step = partial(self.step, item, count, j, is_open)
+                return (
+                    step(jnp.int32(0), state)
+                    if self.plan.group == 1
+                    else lax.fori_loop(0, self.plan.group, step, state)
+                )
+
+            return lax.fori_loop(start, end, one_block, state)
 
         state = self.nothing()
-        state = one_head(jnp.int32(0), state) if self.plan.group == 1 else lax.fori_loop(0, self.plan.group, one_head, state)
+        if not (self.config.masked_loop and self.edge_exists()):
+            is_open = lambda block: (block >= item.lo + first) & (block < item.lo + last)
+            state = visit(0, item.blocks, is_open, state)
+        else:
+            if self.problem.left is not None or self.plan.segments is not None:
+                state = visit(0, item.blocks - last, lambda _: False, state)
+            state = visit(item.blocks - last, item.blocks - first, lambda _: True, state)
+            state = visit(item.blocks - first, item.blocks, lambda _: False, state)
         dk, dv, *dq = state
         if dq:
             self.hand_over(dq[0])
@@ -443,10 +476,10 @@ class Consumer:
         first = jnp.clip(first - item.lo, 0, item.blocks)
         return first, jnp.clip(last - item.lo, first, item.blocks)
 
-    def step(self, item: Item, count, g, is_open, j, state):
+    def step(self, item: Item, count, j, is_open, g, state):
         """One query block of one head. Nothing is in flight between two steps; dq is handed over under the next."""
         dk, dv, *dq = state
-        i = count + g * item.blocks + j
+        i = count + j * self.plan.group + g
         slot = lax.rem(i, self.config.stages)
         block = item.lo + item.blocks - 1 - j
         q, do = self.smem["q"][1].at[slot], self.smem["do"][1].at[slot]
@@ -459,7 +492,8 @@ class Consumer:
             self.hand_over(dq[0])
         plgpu.barrier_wait(self.smem["do_full"].at[slot])
         dp = hopper.product_t(self.keys(v), do)
-        p, slope = self.probabilities(hopper.wait(1, s), item, block, slot, is_open(block))
+        s = hopper.wait(1, s)
+        p, slope = self.probabilities(s, self.statistic(0, slot, s.shape), item, block, is_open(block))
         dv, p16 = hopper.settle(dv, p.astype(self.dk.dtype))
         dv = hopper.accumulate(dv, p16, self.columns(do))
         dp = hopper.wait(1, dp)
@@ -482,7 +516,9 @@ class Consumer:
 
     def add_half(self, ds_tile, k, dk, dv):
         """Half of dS K over the keys of both: 64 columns or, if there are no more, 64 of 128 queries."""
-        halves = (ds_tile.at[0], k.at[self.which]) if self.config.block_q == CHUNK else (ds_tile.at[self.which], k.at[0])
+        halves = (
+            (ds_tile.at[0], k.at[self.which]) if self.config.block_q == CHUNK else (ds_tile.at[self.which], k.at[0])
+        )
         dq = hopper.product_tn(*halves)
         dk, dv = hopper.wait(1, dk, dv)
         # ptxas takes a product's own registers for unfinished once the next step has begun, those of a multiply not.
@@ -502,7 +538,7 @@ class Consumer:
                 self.hand_over(dq[:, piece * PIECE : (piece + 1) * PIECE] * self.problem.scale)
         return dk, dv
 
-    def probabilities(self, s, item: Item, block, slot, open_block):
+    def probabilities(self, s, lse, item: Item, block, open_block):
         """P^T, and the slope of the cap where there is one."""
         problem, slope = self.problem, None
         if problem.shaped and problem.softcap is None:
@@ -510,7 +546,7 @@ class Consumer:
         elif problem.softcap is not None:
             s = jnp.tanh(s * (problem.scale / problem.softcap))
             slope = 1 - s * s
-        p = jnp.exp2(s * problem.exponent - self.statistic(0, slot, s.shape))
+        p = jnp.exp2(s * problem.exponent - lse)
         if open_block is False:
             p = self.masked(p, item, block)
         elif open_block is not True and self.edge_exists():
@@ -524,8 +560,8 @@ class Consumer:
     def masked(self, p, item: Item, block):
         problem, shape = self.problem, p.shape
         kv_start, q_start = item.kv_start + self.first_key, block * self.config.block_q
-        kv_pos = lax.broadcast_in_dim(_iota(shape[0], ROW) + kv_start, shape, [0])
-        q_pos = _iota(shape[1], COL) + (q_start + problem.offset)
+        kv_pos = lax.broadcast_in_dim(iota(shape[0], ROW) + kv_start, shape, [0])
+        q_pos = iota(shape[1], COL) + (q_start + problem.offset)
         if problem.right is None:
             seen = kv_pos < problem.kv_len
         else:
@@ -534,8 +570,8 @@ class Consumer:
         if problem.left is not None:
             seen &= kv_pos + problem.left >= lax.broadcast_in_dim(q_pos, shape, [1])
         if self.plan.segments is not None:
-            q_seg = _segments(self.plan.segments[0], item.batch, q_start, shape[1], COL)
-            kv_seg = _segments(self.plan.segments[1], item.batch, kv_start, shape[0], ROW)
+            q_seg = load_segments(self.plan.segments[0], item.batch, q_start, shape[1], COL)
+            kv_seg = load_segments(self.plan.segments[1], item.batch, kv_start, shape[0], ROW)
             seen &= lax.broadcast_in_dim(kv_seg, shape, [0]) == lax.broadcast_in_dim(q_seg, shape, [1])
         return jnp.where(seen, p, 0.0)
 

@@ -6,9 +6,9 @@ warpgroups of 64 query rows take turns on the tensor cores, so that the softmax 
 the others, and each issues QK^T of a block together with PV of the block before.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, tiles
+from paxattn.kernels.gpu_blocks import (
+    LOG2E,
+    ROWS,
+    Problem,
+    divide,
+    extremes,
+    in_range,
+    iota,
+    load_segments,
+    may_meet,
+    pad_segments,
+    same_segment,
+    span,
+)
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 
-LOG2E = math.log2(math.e)
-ROWS = 64  # query rows of a warpgroup
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
 
 
@@ -37,40 +49,6 @@ class Config:
         return ROWS * self.warpgroups
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is static in a call."""
-
-    batch: int
-    q_len: int
-    kv_len: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    v_dim: int
-    left: int | None
-    right: int | None
-    scale: float
-    softcap: float | None
-
-    @property
-    def offset(self) -> int:
-        """Position of the first query."""
-        return self.kv_len - self.q_len
-
-    @property
-    def shaped(self) -> bool:
-        """Whether scores need more than a positive factor before exp2."""
-        return self.softcap is not None or self.scale <= 0
-
-    @property
-    def exponent(self) -> float:
-        """The factor that exp2 sees."""
-        if self.softcap is not None:
-            return self.softcap * LOG2E
-        return LOG2E * (1.0 if self.scale <= 0 else self.scale)
-
-
 def config_for(problem: Problem) -> Config:
     if problem.head_dim > 192:
         return Config(block_kv=64, stages=2)
@@ -83,6 +61,21 @@ def config_for(problem: Problem) -> Config:
     return Config(stages=4, q_in_registers=True)
 
 
+def candidates(head_dim: int, v_dim: int) -> list[Config]:
+    """The configs worth timing for a head; not all of them compile for every dtype and mask."""
+    wide = head_dim > 128
+    shapes = [(64, 2, 2)] if wide and v_dim > 128 else [(128, 2, 2), (64, 3, 2), (64, 2, 2)]
+    if head_dim <= 64:
+        shapes += [(128, 4, 2), (128, 3, 3), (128, 2, 3)]
+    registers = [False] if wide else [False, True]
+    return [
+        Config(block_kv, stages, warpgroups, in_registers, l2_bytes * 2**20)
+        for block_kv, stages, warpgroups in shapes
+        for in_registers in (registers if warpgroups == 2 else [False])
+        for l2_bytes in (8, 16, 32)
+    ]
+
+
 def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
     """q [B,T,H,D], k [B,S,K,D], v [B,S,K,Dv] -> out [B,T,H,Dv], lse float32 [B,H,T padded to whole tiles]."""
     q_tiles = tiles.cdiv(problem.q_len, config.block_q)
@@ -93,8 +86,8 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
     )
     bounds = None
     if q_seg is not None:
-        q_seg = _pad(q_seg, padded)
-        kv_seg = _pad(kv_seg, tiles.cdiv(problem.kv_len, config.block_kv) * config.block_kv)
+        q_seg = pad_segments(q_seg, padded)
+        kv_seg = pad_segments(kv_seg, tiles.cdiv(problem.kv_len, config.block_kv) * config.block_kv)
         bounds = segment_bounds(problem, config, q_seg, kv_seg)
     extra = [x for x in (sinks, q_seg, kv_seg, bounds) if x is not None]
     items = problem.batch * problem.heads * q_tiles
@@ -114,10 +107,6 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(q, k, v, *extra)
-
-
-def _pad(segments: Array, length: int) -> Array:
-    return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, length - segments.shape[1])), mode="edge")
 
 
 def _scratch(problem: Problem, config: Config, dtype) -> dict:
@@ -149,10 +138,10 @@ class Item:
 
 
 def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_segments: bool, *refs, **smem):
-    q, k, v, *rest, out, lse = refs
-    rest = iter(rest)
-    sinks = next(rest) if has_sinks else None
-    q_seg, kv_seg, bounds = (next(rest), next(rest), next(rest)) if has_segments else (None, None, None)
+    q, k, v, *given, out, lse = refs
+    optional = iter(given)
+    sinks = next(optional) if has_sinks else None
+    q_seg, kv_seg, bounds = (next(optional) if has_segments else None for _ in range(3))
     wg = lax.axis_index("wg")
     plan = Plan(problem, config, ctas, bounds)
 
@@ -182,7 +171,7 @@ class Plan:
     problem: Problem
     config: Config
     ctas: int
-    bounds: object
+    bounds: Any
 
     @property
     def q_tiles(self) -> int:
@@ -206,10 +195,15 @@ class Plan:
         pairs, group = problem.batch * problem.heads, problem.heads // problem.kv_heads
         kv_bytes = 2 * problem.kv_len * (problem.head_dim + problem.v_dim)
         uniform = problem.right is None or problem.left is not None
-        section = min(pairs, group if uniform else max(self.config.l2_bytes // kv_bytes, 1, tiles.cdiv(2 * self.ctas, q_tiles * group)) * group)
-        which, rest = _divide(self._index(turn), section * q_tiles)
-        rank, pair = _divide(rest, jnp.minimum(section, pairs - which * section))
-        batch, head = _divide(which * section + pair, problem.heads)
+        section = min(
+            pairs,
+            group
+            if uniform
+            else max(self.config.l2_bytes // kv_bytes, 1, tiles.cdiv(2 * self.ctas, q_tiles * group)) * group,
+        )
+        which, rest = divide(self._index(turn), section * q_tiles)
+        rank, pair = divide(rest, jnp.minimum(section, pairs - which * section))
+        batch, head = divide(which * section + pair, problem.heads)
         rising = (tiles.cdiv(pairs, section) - 1 - which) % 2 == 1
         rank = jnp.where(rising, q_tiles - 1 - rank, rank)
         if self.bounds is None:
@@ -219,11 +213,6 @@ class Plan:
             tile = self.bounds[batch, 4, rank]
             lo, hi = self.bounds[batch, 0, tile], self.bounds[batch, 1, tile]
         return Item(batch, head, tile, tile * self.config.block_q, lo, hi - lo)
-
-
-def _divide(x, by):
-    by = jnp.asarray(by, jnp.int32)
-    return lax.div(x, by), lax.rem(x, by)
 
 
 def block_range(problem: Problem, block_kv: int, q_start, rows: int):
@@ -254,28 +243,16 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
 
     XLA fuses the comparisons into the reductions: nothing of the size of tiles x blocks is in memory.
     """
-    q_low, q_high = _extremes(q_seg, config.block_q)
-    kv_low, kv_high = _extremes(kv_seg, config.block_kv)
-    tile, block = jnp.arange(q_low.shape[1]), jnp.arange(kv_low.shape[1])
+    q_low, q_high = extremes(q_seg, config.block_q)
+    kv_low, kv_high = extremes(kv_seg, config.block_kv)
+    tile = jnp.arange(q_low.shape[1])
     lo, hi = block_range(problem, config.block_kv, tile * config.block_q, config.block_q)
-    meet = (kv_low[:, None] <= q_high[..., None]) & (kv_high[:, None] >= q_low[..., None])
-    lo, hi = _span(meet & (block >= lo[:, None]) & (block < hi[:, None]), block)
-    lo, hi = jnp.minimum(lo, block[-1]), jnp.maximum(hi, jnp.minimum(lo, block[-1]) + 1)
-    one = (q_low == q_high)[..., None] & (kv_low == kv_high)[:, None] & (q_low[..., None] == kv_low[:, None])
-    first, last = _span(one, block)
-    unbroken = one.sum(axis=-1) == last - first
+    lo, hi = span(may_meet(q_low, q_high, kv_low, kv_high) & in_range(lo, hi, kv_low.shape[1]))
+    lo = jnp.minimum(lo, kv_low.shape[1] - 1)
+    hi = jnp.maximum(hi, lo + 1)
     order = jnp.argsort(lo - hi, axis=1, stable=True)
-    return jnp.stack([lo, hi, first, jnp.where(unbroken, last, first), order], axis=1).astype(jnp.int32)
-
-
-def _extremes(segments: Array, size: int) -> tuple[Array, Array]:
-    blocks = segments.reshape(segments.shape[0], -1, size)
-    return blocks.min(axis=-1), blocks.max(axis=-1)
-
-
-def _span(which: Array, block: Array) -> tuple[Array, Array]:
-    """The smallest [lo, hi) that holds every marked block; lo is beyond the end where there is none."""
-    return jnp.where(which, block, block[-1] + 1).min(axis=-1), jnp.where(which, block + 1, 0).max(axis=-1)
+    bounds = [lo, hi, *same_segment(q_low, q_high, kv_low, kv_high), order]
+    return jnp.stack(bounds, axis=1).astype(jnp.int32)
 
 
 def produce(plan: Plan, smem: dict, q, k, v) -> None:
@@ -290,7 +267,7 @@ def produce(plan: Plan, smem: dict, q, k, v) -> None:
 
         def load_queries():
             for w in range(config.warpgroups):
-                pl.when(turn > 0)(lambda w=w: plgpu.barrier_wait(smem["q_free"].at[w]))
+                pl.when(turn > 0)(partial(plgpu.barrier_wait, smem["q_free"].at[w]))
                 rows = item.q_start + w * ROWS
                 hopper.load_tile(q.at[item.batch, :, item.head], rows, q_tile.at[w], smem["q_full"].at[w])
 
@@ -326,12 +303,12 @@ class Consumer:
     config: Config
     wg: Array
     smem: dict
-    sinks: object
-    q_seg: object
-    kv_seg: object
-    bounds: object
-    out: object
-    lse: object
+    sinks: Any
+    q_seg: Any
+    kv_seg: Any
+    bounds: Any
+    out: Any
+    lse: Any
 
     def run(self, plan: Plan) -> None:
         pl.when(self.wg == self.config.warpgroups - 1)(lambda: hopper.bar_arrive(hopper.FIRST_BARRIER, 256))
@@ -343,7 +320,9 @@ class Consumer:
             state = self.steps(item, count, tuple(state))
             count += item.blocks
             more = turn + 1 < items
-            state = lax.cond(more, lambda: self.join(item, plan.item(turn + 1), count, state), lambda: self.end(item, count, state))
+            state = lax.cond(
+                more, lambda: self.join(item, plan.item(turn + 1), count, state), lambda: self.end(item, count, state)
+            )
             return count, *state
 
         lax.fori_loop(0, items, one_item, (jnp.int32(0), *self.start(plan.item(jnp.int32(0)))))
@@ -447,7 +426,7 @@ class Consumer:
         return [q]
 
     def scores(self, q: list[Array], slot) -> Array:
-        return hopper.product_t(*(q or [self.smem["q"][1].at[self.wg]]), self.smem["k"][1].at[slot])
+        return hopper.product_t(q[0] if q else self.smem["q"][1].at[self.wg], self.smem["k"][1].at[slot])
 
     def scores_done(self, item: Item, j, slot) -> None:
         self.release(k_free(self.config, slot))
@@ -485,8 +464,8 @@ class Consumer:
 
     def mask(self, shape, item: Item, block):
         problem, start = self.problem, item.q_start + self.wg * ROWS
-        q_pos = _iota(shape[0], ROW) + (start + problem.offset)
-        kv_pos = lax.broadcast_in_dim(_iota(shape[1], COL) + block * self.config.block_kv, shape, [1])
+        q_pos = iota(shape[0], ROW) + (start + problem.offset)
+        kv_pos = lax.broadcast_in_dim(iota(shape[1], COL) + block * self.config.block_kv, shape, [1])
         if problem.right is None:
             seen = kv_pos < problem.kv_len
         else:
@@ -495,8 +474,8 @@ class Consumer:
         if problem.left is not None:
             seen &= kv_pos >= lax.broadcast_in_dim(q_pos - problem.left, shape, [0])
         if self.bounds is not None:
-            q_seg = _segments(self.q_seg, item.batch, start, ROWS, ROW)
-            kv_seg = _segments(self.kv_seg, item.batch, block * self.config.block_kv, self.config.block_kv, COL)
+            q_seg = load_segments(self.q_seg, item.batch, start, ROWS, ROW)
+            kv_seg = load_segments(self.kv_seg, item.batch, block * self.config.block_kv, self.config.block_kv, COL)
             seen &= lax.broadcast_in_dim(q_seg, shape, [0]) == lax.broadcast_in_dim(kv_seg, shape, [1])
         return seen
 
@@ -521,7 +500,9 @@ class Consumer:
             written[i % slots] = o[:, i * CHUNK : (i + 1) * CHUNK].astype(self.out.dtype)
             plgpu.commit_smem()
             columns = hopper.columns(i, self.problem.v_dim, start)
-            plgpu.copy_smem_to_gmem(copied.at[i % slots], self.out.at[item.batch, pl.ds(start, ROWS), item.head, columns])
+            plgpu.copy_smem_to_gmem(
+                copied.at[i % slots], self.out.at[item.batch, pl.ds(start, ROWS), item.head, columns]
+            )
         target = self.lse.at[item.batch, item.head, pl.ds(start, ROWS)]
         plgpu.copy_smem_to_gmem(self.smem["lse"].at[self.wg], target)
 
@@ -533,11 +514,3 @@ class Consumer:
 
     def release(self, barrier) -> None:
         hopper.bar_arrive(barrier, 128 * self.config.warpgroups + 32)
-
-
-def _iota(size: int, layout) -> Array:
-    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
-
-
-def _segments(segments, batch, start, size: int, layout) -> Array:
-    return plgpu.load(segments.at[batch, pl.ds(start, size)], layout=layout, optimized=False)

@@ -20,8 +20,9 @@ WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COL = WGMMA.reduce(0)
 FIRST_BARRIER = 5  # Mosaic GPU itself uses 0 and one for each of at most four warpgroups
-_SWIZZLE = plgpu.SwizzleTransform(128)
-_TILED = (plgpu.TilingTransform((8, CHUNK)), _SWIZZLE)
+# mypy takes these classes for abstract.
+_SWIZZLE: Any = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+_TILED: Any = (plgpu.TilingTransform((8, CHUNK)), _SWIZZLE)  # type: ignore[abstract]
 
 
 def tile(*shape: int, dtype: Any) -> plgpu.RefUnion:
@@ -29,6 +30,15 @@ def tile(*shape: int, dtype: Any) -> plgpu.RefUnion:
     return plgpu.RefUnion(
         plgpu.SMEM(shape, dtype, transforms=(_SWIZZLE,)),
         plgpu.SMEM(shape, dtype, transforms=_TILED),
+    )
+
+
+def float32_tile(*shape: int) -> plgpu.RefUnion:
+    """Scratch [..., R, 32] under two names, as `tile`."""
+    tiling: Any = plgpu.TilingTransform((8, shape[-1]))  # type: ignore[abstract]
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, jnp.float32, transforms=(_SWIZZLE,)),
+        plgpu.SMEM(shape, jnp.float32, transforms=(tiling, _SWIZZLE)),
     )
 
 
@@ -147,7 +157,9 @@ def fence() -> None:
 
 def wait_for_count(counter: Any, count: Any) -> None:
     """Spin until the int32 in global memory is `count`."""
-    text = "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$0]; setp.ne.b32 p, v, $1; @p bra again; }"
+    text = (
+        "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$0]; setp.ne.b32 p, v, $1; @p bra again; }"
+    )
     _with_counter(counter, count, text)
 
 
@@ -187,8 +199,6 @@ def _bar(kind: str, barrier: Any, threads: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def bar(_, index):
         text = f"bar.{kind} $0, {threads};"
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"), [index.registers[()]], text, "r", has_side_effects=True
-        )
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [index.registers[()]], text, "r", has_side_effects=True)
 
     bar(jnp.asarray(barrier, jnp.int32))
