@@ -102,7 +102,8 @@ def test_adversarial_scores(kind, implementation, rng):
     others = (jnp.ones(1), k, q, v)
     for x, y, other in zip(grads[implementation], grads["reference"], others, strict=True):
         scale = max(float(jnp.abs(y).max()), float(jnp.abs(other).max()))
-        np.testing.assert_allclose(x / scale, y / scale, atol=1e-4)
+        # Scores in the hundreds carry a rounding error of their own of some 1e-4.
+        np.testing.assert_allclose(x / scale, y / scale, atol=5e-4)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
