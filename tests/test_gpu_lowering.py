@@ -155,3 +155,43 @@ def test_every_pair_of_choices_is_in_the_list():
             assert ((a, x), (b, y)) in held
     assert len(CASES) >= 220
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_under_shard_map_over_batch_and_heads():
+    mesh = jax.sharding.AbstractMesh((1, 1), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    P = jax.sharding.PartitionSpec
+    x, ids = jax.ShapeDtypeStruct((2, 160, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 160), jnp.int32)
+
+    def loss(q, k, v, sinks, ids):
+        def one(q, k, v, sinks, ids):
+            options = dict(causal=True, sinks=sinks, q_segment_ids=ids, kv_segment_ids=ids)
+            return flash_attention(q, k, v, implementation=GPU, **options)
+
+        heads = P("b", None, "h", None)
+        specs = (heads, heads, heads, P("h"), P("b"))
+        out = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=heads)(q, k, v, sinks, ids)
+        return out.astype(jnp.float32).sum()
+
+    sinks = jax.ShapeDtypeStruct((2,), jnp.float32)
+    assert "custom_call @mosaic_gpu" in module_for_cuda(jax.grad(loss, argnums=(0, 1, 2, 3)), x, x, x, sinks, ids)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_where_the_user_has_64_bits():
+    with jax.enable_x64(True):
+        x = jax.ShapeDtypeStruct((1, 160, 2, 64), jnp.bfloat16)
+        loss = lambda q, k, v: flash_attention(q, k, v, causal=True, implementation=GPU).astype(jnp.float32).sum()
+        assert "custom_call @mosaic_gpu" in module_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), x, x, x)
+        ids = jnp.zeros((1, 160), jnp.int64)
+        with pytest.raises(NotImplementedError, match="q_segment_ids of int64"):
+            jax.eval_shape(
+                lambda q: flash_attention(q, q, q, q_segment_ids=ids, kv_segment_ids=ids, implementation=GPU), x
+            )
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_an_axis_of_nothing_under_vmap():
+    x = jax.ShapeDtypeStruct((0, 1, 64, 2, 64), jnp.bfloat16)
+    one = lambda q: flash_attention(q, q, q, implementation=GPU)
+    assert jax.eval_shape(jax.vmap(one), x).shape == x.shape

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
+TINY = 1e-30
 ROWS = 64  # rows of a product that one warpgroup computes
 
 
@@ -35,15 +36,15 @@ class Problem:
 
     @property
     def shaped(self) -> bool:
-        """Whether scores need more than a positive factor before exp2."""
-        return self.softcap is not None or self.scale <= 0
+        """Whether scores need more than a positive factor before exp2; one too small would lose the mask's infinity."""
+        return self.softcap is not None or self.scale < TINY
 
     @property
     def exponent(self) -> float:
         """The factor that exp2 sees."""
         if self.softcap is not None:
             return self.softcap * LOG2E
-        return LOG2E * (1.0 if self.scale <= 0 else self.scale)
+        return LOG2E * (1.0 if self.scale < TINY else self.scale)
 
 
 def divide(x, by):

@@ -34,13 +34,13 @@ HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128))
 def flash_attention(
     q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, right, scale, softcap, deterministic
 ) -> tuple[Array, Array]:
-    _decline(q, v)
+    _decline(q, v, q_segment_ids)
     options = Options(left, right, scale, softcap, deterministic, multiprocessors())
     arrays = _vary_alike(*_reverse_mode(q, k, v, sinks), q_segment_ids, kv_segment_ids)
     return attend(options, *arrays)
 
 
-def _decline(q: Array, v: Array) -> None:
+def _decline(q: Array, v: Array, q_segment_ids: Array | None) -> None:
     if not on_hopper():
         kind = jax.devices()[0].device_kind
         raise NotImplementedError(f"device {kind}: 'mosaic_gpu' needs a Hopper GPU (compute capability 9.0)")
@@ -49,6 +49,8 @@ def _decline(q: Array, v: Array) -> None:
     if (dims := (q.shape[-1], v.shape[-1])) not in HEAD_DIMS:
         served = ", ".join(str(d) if d == dv else f"({d}, {dv})" for d, dv in HEAD_DIMS)
         raise NotImplementedError(f"head dims {dims}: 'mosaic_gpu' serves {served}")
+    if q_segment_ids is not None and q_segment_ids.dtype.itemsize > 4:
+        raise NotImplementedError(f"q_segment_ids of {q_segment_ids.dtype}: 'mosaic_gpu' serves 32 bits, 'xla' 64, too")
 
 
 def on_hopper() -> bool:
@@ -139,7 +141,8 @@ def _problem(options: Options, q, v) -> Problem:
     return Problem(*shape, options.left, options.right, options.scale, options.softcap)
 
 
-def _forward(options, q, k, v, sinks, q_seg, kv_seg):
+@partial(jax.jit, static_argnums=0)
+def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
     def run(q, k, v, sinks, q_seg, kv_seg):
         problem = _problem(options, q, v)
         config = options.forward or gpu_flash_fwd.config_for(problem)
@@ -150,7 +153,8 @@ def _forward(options, q, k, v, sinks, q_seg, kv_seg):
     return online_softmax.vary_like(_folding(run)(q, k, v, sinks, q_seg, kv_seg), q, k, v)
 
 
-def _backward(options, q, k, v, do, lse, delta, q_seg, kv_seg):
+@partial(jax.jit, static_argnums=0)
+def _backward(options: Options, q, k, v, do, lse, delta, q_seg, kv_seg):
     def run(q, k, v, do, lse, delta, q_seg, kv_seg):
         problem = _problem(options, q, v)
         config = options.backward or gpu_flash_bwd.config_for(problem)
@@ -183,6 +187,10 @@ def _folding(run: Any) -> Any:
             x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
+        if size == 0:
+            one = jax.tree.map(lambda x, b: jnp.zeros(x.shape[1:] if b else x.shape, x.dtype), args, tuple(batched))
+            outs = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), jax.eval_shape(run, *one))
+            return outs, jax.tree.map(lambda _: True, outs)
         outs = _folding(run)(*jax.tree.map(fold, args, tuple(batched)))
         return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outs), jax.tree.map(lambda _: True, outs)
 

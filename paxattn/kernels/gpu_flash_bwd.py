@@ -87,9 +87,6 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
     if q_seg is not None:
         q_seg, kv_seg = pad_segments(q_seg, q_blocks * config.block_q), pad_segments(kv_seg, kv_tiles * config.block_kv)
         inputs += [q_seg, kv_seg, *segment_bounds(problem, config, q_seg, kv_seg)]
-    results = [jnp.zeros(q.shape, jnp.float32), lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype)]
-    if deterministic:
-        results.append(jnp.zeros((problem.batch, problem.heads, q_blocks, WARPGROUPS), jnp.int32))
     ctas = min(num_sms, problem.batch * problem.kv_heads * kv_tiles)
     call = plgpu.kernel(
         partial(_kernel, problem, config, ctas, deterministic, q_seg is not None),
@@ -106,7 +103,14 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    return pl.run_state(lambda refs: call(*inputs, *refs))(tuple(results))[:3]
+
+    def run(*inputs):
+        results = [jnp.zeros(q.shape, jnp.float32), lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype)]
+        if deterministic:
+            results.append(jnp.zeros((problem.batch, problem.heads, q_blocks, WARPGROUPS), jnp.int32))
+        return pl.run_state(lambda refs: call(*inputs, *refs))(tuple(results))[:3]
+
+    return hopper.apart(run)(*inputs)
 
 
 def _chunks(config: Config, dim: int) -> int:

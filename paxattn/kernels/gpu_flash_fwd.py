@@ -92,7 +92,7 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
     extra = [x for x in (sinks, q_seg, kv_seg, bounds) if x is not None]
     items = problem.batch * problem.heads * q_tiles
     ctas = min(num_sms, items)
-    return plgpu.kernel(
+    call = plgpu.kernel(
         partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None),
         out_type=out_type,
         grid=(ctas,),
@@ -106,7 +106,8 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(q, k, v, *extra)
+    )
+    return hopper.apart(call)(q, k, v, *extra)
 
 
 def _scratch(problem: Problem, config: Config, dtype) -> dict:
@@ -348,7 +349,7 @@ class Consumer:
 
     def right_edge_spans_blocks(self) -> bool:
         problem, config = self.problem, self.config
-        if problem.right is None:
+        if self.bounds is not None or problem.right is None:
             return self.bounds is not None
         return (problem.offset + problem.right) % config.block_kv != 0 or config.block_kv % config.block_q != 0
 
@@ -481,7 +482,7 @@ class Consumer:
 
     def finish(self, item: Item, o, m, l) -> None:
         """Bring in the sink, divide, and send the rows away; the stores run under the next item."""
-        seen = l > 0
+        seen = l != 0  # NaN, too, is something
         if self.sinks is not None:
             sink = self.sinks[item.batch, item.head] * LOG2E
             higher = jnp.maximum(m, sink)

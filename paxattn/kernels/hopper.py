@@ -7,6 +7,7 @@ needs padding; WGMMA's descriptors step over the chunks.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -202,3 +203,20 @@ def _bar(kind: str, barrier: Any, threads: int) -> None:
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [index.registers[()]], text, "r", has_side_effects=True)
 
     bar(jnp.asarray(barrier, jnp.int32))
+
+
+def apart(run: Any) -> Any:
+    """A kernel call, traced by itself: with 32 bits whatever the user has, and without the axes that shard_map varies.
+
+    Mosaic GPU counts in 32 bits, and JAX cannot yet trace a kernel of several warps over varying arrays.
+    """
+
+    def traced(*args):
+        arrays, tree = jax.tree.flatten(args)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        with jax.enable_x64(False):
+            jaxpr, outs = jax.make_jaxpr(lambda *x: run(*jax.tree.unflatten(tree, x)), return_shape=True)(*shapes)
+            results = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arrays)
+        return jax.tree.unflatten(jax.tree.structure(outs), results)
+
+    return traced

@@ -1,0 +1,228 @@
+"""What the Hopper kernels visit and in which order, with their own code run in NumPy for every block of the grid."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from paxattn.kernels import gpu_blocks, gpu_flash_bwd, gpu_flash_fwd
+from paxattn.kernels.gpu_blocks import ROWS, Problem
+
+DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)]
+
+
+class Grid:
+    """NumPy in place of jnp and lax, seen from block `cta`; what Python and lax divide differently is refused."""
+
+    int32 = np.int64
+
+    def __init__(self):
+        self.cta = 0
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def axis_index(self, _):
+        return self.cta
+
+    def asarray(self, x, dtype=None):
+        return np.asarray(x, np.int64 if dtype is not None else None)
+
+    def div(self, a, b):
+        assert np.min(a) >= 0
+        assert np.min(b) > 0
+        return np.asarray(a) // b
+
+    def rem(self, a, b):
+        assert np.min(a) >= 0
+        assert np.min(b) > 0
+        return np.asarray(a) % b
+
+    def fori_loop(self, start, end, body, state):
+        for i in range(int(start), int(end)):
+            state = body(i, state)
+        return state
+
+    def cummax(self, x, axis):
+        return np.maximum.accumulate(x, axis=axis)
+
+    def cummin(self, x, axis, reverse):
+        assert reverse
+        return np.flip(np.minimum.accumulate(np.flip(x, axis), axis=axis), axis)
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    grid = Grid()
+    for module in (gpu_blocks, gpu_flash_fwd, gpu_flash_bwd):
+        monkeypatch.setattr(module, "jnp", grid)
+        monkeypatch.setattr(module, "lax", grid)
+    return grid
+
+
+def segment_ids(rng, kind, batch, length):
+    if kind == "sorted":
+        return np.sort(rng.integers(0, 5, (batch, length)), axis=1)
+    if kind == "repeating":
+        rows = [np.repeat(rng.integers(0, 3, length), rng.integers(1, 300, length))[:length] for _ in range(batch)]
+        return np.stack(rows)
+    return rng.integers(-2, 3, (batch, length))
+
+
+def problems(rng, count):
+    """Problems and their segment ids, or None; every other one has lengths in whole blocks."""
+    for i in range(count):
+        kv_heads, group, batch = int(rng.integers(1, 4)), int(rng.choice([1, 2, 3, 7])), int(rng.integers(1, 3))
+        q_len, kv_len = (int(x) for x in (128 * rng.integers(1, 7, 2) if i % 2 else rng.integers(1, 900, 2)))
+        if i % 3 == 0:
+            kv_len = q_len
+        left = None if rng.random() < 0.5 else int(rng.choice([0, 1, 63, 64, 127, 128, 300, 2**30]))
+        right = None if rng.random() < 0.3 else int(rng.choice([0, 0, 0, 1, 64, 128, 2**30]))
+        dims = DIMS[rng.integers(len(DIMS))]
+        problem = Problem(batch, q_len, kv_len, kv_heads * group, kv_heads, *dims, left, right, 1.0, None)
+        kind = rng.choice(["none", "sorted", "repeating", "random"])
+        if kind == "none":
+            yield problem, None
+            continue
+        q_seg = segment_ids(rng, kind, batch, q_len)
+        alike = q_len == kv_len and rng.random() < 0.7
+        yield problem, (q_seg, q_seg if alike else segment_ids(rng, kind, batch, kv_len))
+
+
+def visible(problem, segments, batch):
+    q = np.arange(problem.q_len)[:, None] + problem.offset
+    kv = np.arange(problem.kv_len)[None]
+    seen = np.ones((problem.q_len, problem.kv_len), bool)
+    if problem.left is not None:
+        seen &= kv >= q - problem.left
+    if problem.right is not None:
+        seen &= kv <= q + problem.right
+    if segments is not None:
+        seen &= segments[0][batch][:, None] == segments[1][batch][None]
+    return seen
+
+
+def padded(ids, size):
+    return np.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge")
+
+
+class ForwardConsumer(gpu_flash_fwd.Consumer):
+    def step(self, item, count, masked, j, state):
+        return (*state, (j, masked))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_forward_visits_what_is_visible_once(grid, rng):
+    aligned = Problem(1, 384, 384, 1, 1, 128, 128, None, 0, 1.0, None)
+    again = np.repeat([[1, 2, 1]], 128, axis=1)
+    for problem, segments in [(aligned, (again, again)), *problems(rng, 60)]:
+        config = gpu_flash_fwd.config_for(problem)
+        bounds = None
+        if segments is not None:
+            q_seg, kv_seg = padded(segments[0], config.block_q), padded(segments[1], config.block_kv)
+            bounds = gpu_flash_fwd.segment_bounds(problem, config, q_seg, kv_seg)
+        tiles = -(-problem.q_len // config.block_q)
+        ctas = min(int(rng.choice([1, 3, 7, 132])), problem.batch * problem.heads * tiles)
+        plan = gpu_flash_fwd.Plan(problem, config, ctas, bounds)
+        found = set()
+        for grid.cta in range(ctas):
+            for turn in range(int(plan.count())):
+                item = plan.item(np.int64(turn))
+                found.add((int(item.batch), int(item.head), int(item.tile)))
+                if item.head == 0:
+                    check_forward_item(problem, config, bounds, segments, item)
+        assert len(found) == problem.batch * problem.heads * tiles
+
+
+def check_forward_item(problem, config, bounds, segments, item):
+    lo, end = int(item.lo), int(item.lo + item.blocks)
+    assert 0 <= lo < end <= -(-problem.kv_len // config.block_kv)
+    seen = visible(problem, segments, int(item.batch))
+    columns = np.flatnonzero(seen[item.q_start : item.q_start + config.block_q].any(axis=0)) // config.block_kv
+    assert not columns.size or (lo <= columns[0] and columns[-1] < end)
+    for which in range(config.warpgroups):
+        consumer = ForwardConsumer(problem, config, which, {}, None, None, None, bounds, None, None)
+        steps = [(0, consumer.right_edge_exists()), *consumer.steps(item, 0, ())]
+        assert [j for j, _ in steps] == list(range(end - lo))
+        start = int(item.q_start) + which * ROWS
+        for j, masked in steps:
+            block = seen[start : start + ROWS, (end - 1 - j) * config.block_kv : (end - j) * config.block_kv]
+            assert masked or (block.all() and block.shape[1] == config.block_kv)
+
+
+class BackwardConsumer(gpu_flash_bwd.Consumer):
+    def nothing(self):
+        return ((), ()) if self.config.split_columns else ((), (), ())
+
+    def step(self, item, count, j, is_open, g, state):
+        self.smem["steps"].append((int(j), int(g), bool(is_open(item.lo + item.blocks - 1 - j))))
+        return state
+
+    def hand_over(self, dq):
+        pass
+
+    def store(self, item, dk, dv):
+        pass
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_backward_visits_what_is_visible_once_and_in_turns_that_come(grid, rng, monkeypatch):
+    monkeypatch.setattr(gpu_flash_bwd, "plgpu", SimpleNamespace(barrier_wait=lambda _: None))
+    for problem, segments in problems(rng, 60):
+        config = gpu_flash_bwd.config_for(problem)
+        found = None
+        if segments is not None:
+            q_seg, kv_seg = padded(segments[0], config.block_q), padded(segments[1], config.block_kv)
+            found = (q_seg, kv_seg, *gpu_flash_bwd.segment_bounds(problem, config, q_seg, kv_seg))
+        tiles = -(-problem.kv_len // config.block_kv)
+        ctas = min(int(rng.choice([1, 3, 7, 132])), problem.batch * problem.kv_heads * tiles)
+        plan = gpu_flash_bwd.Plan(problem, config, ctas, found)
+        work = []
+        for grid.cta in range(ctas):
+            items = [item for turn in range(plan.rounds) if (item := plan.item(np.int64(turn))).exists]
+            for item in items:
+                if item.kv_head == 0:
+                    check_backward_item(plan, segments, item)
+            work.append(items)
+        places = [(int(i.batch), int(i.kv_head), int(i.tile)) for items in work for i in items]
+        assert sorted(places) == sorted(set(places))
+        assert len(places) == problem.batch * problem.kv_heads * tiles
+        check_turns(plan, work, rng)
+
+
+def check_backward_item(plan, segments, item):
+    problem, config = plan.problem, plan.config
+    lo, end = int(item.lo), int(item.lo + item.blocks)
+    assert 0 <= lo <= end <= -(-problem.q_len // config.block_q)
+    seen = visible(problem, segments, int(item.batch))[:, item.kv_start : item.kv_start + config.block_kv]
+    rows = np.flatnonzero(seen.any(axis=1)) // config.block_q
+    assert not rows.size or (lo <= rows[0] and rows[-1] < end)
+    for which in range(gpu_flash_bwd.WARPGROUPS):
+        smem = dict(steps=[], k_full=None, v_full=None)
+        consumer = BackwardConsumer(plan, which, smem, None, None)
+        consumer.attend(item, 0)
+        assert [step[:2] for step in smem["steps"]] == [(j, g) for j in range(end - lo) for g in range(plan.group)]
+        for j, _, is_open in smem["steps"]:
+            block = seen[(end - 1 - j) * config.block_q : (end - j) * config.block_q]
+            block = block[:, consumer.first_key : consumer.first_key + ROWS]
+            assert not (is_open or not consumer.edge_exists()) or (block.all() and block.shape[1] == ROWS)
+
+
+def check_turns(plan, work, rng):
+    """A block's turns are 0, 1, 2 ... in the order of its tiles, and blocks that run in any order all get theirs."""
+    waiting = []
+    for items in work:
+        visits = [(item, int(item.lo + item.blocks) - 1 - j) for item in items for j in range(int(item.blocks))]
+        waiting.append([(int(i.batch), int(i.kv_head), b, int(plan.turn(i, b)), int(i.tile)) for i, b in visits])
+    by_block = {}
+    for *block, turn, tile in (one for many in waiting for one in many):
+        by_block.setdefault(tuple(block), []).append((tile, turn))
+    assert all([turn for _, turn in sorted(one)] == list(range(len(one))) for one in by_block.values())
+    done = dict.fromkeys(by_block, 0)
+    while any(waiting):
+        moved = False
+        for cta in rng.permutation(len(waiting)):
+            if waiting[cta] and done[waiting[cta][0][:3]] == waiting[cta][0][3]:
+                done[waiting[cta].pop(0)[:3]] += 1
+                moved = True
+        assert moved, "no block's turn comes"
