@@ -369,22 +369,14 @@ class Consumer:
     def join(self, item: Item, following: Item, count, state):
         """As `step`, between two items: QK^T of the next one's first block with PV of this one's last."""
         o, m, l, p, *_ = state
-        slot, before = lax.rem(count, self.config.stages), lax.rem(count - 1, self.config.stages)
-        q = self.queries()
-        plgpu.barrier_wait(self.smem["v_full"].at[before])
-        plgpu.barrier_wait(self.smem["k_full"].at[slot])
-        self.take_turn()
-        o, p, *q = hopper.settle(o, p, *q)
-        s = self.scores(q, slot)
-        o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
-        self.pass_turn()
-        s = hopper.wait(1, s)
-        self.scores_done(following, 0, slot)
-        p, new_m, new_l = self.first_softmax(s, following)
-        o, p = hopper.wait(0, o, p)
+        before = lax.rem(count - 1, self.config.stages)
+        s, o, p, *q = self.both(o, p, self.queries(), lax.rem(count, self.config.stages), before)
+        self.scores_done(following, 0, lax.rem(count, self.config.stages))
+        weights, new_m, new_l = self.first_softmax(s, following)
+        o, weights = hopper.wait(0, o, weights)
         self.release(v_free(self.config, before))
         self.finish(item, o, m, l)
-        return self.nothing(), new_m, new_l, p.astype(self.out.dtype), *q
+        return self.nothing(), new_m, new_l, weights.astype(self.out.dtype), *q
 
     def end(self, item: Item, count, state):
         """PV of the last block of the last item."""
@@ -401,7 +393,17 @@ class Consumer:
     def step(self, item: Item, count, masked, j, state):
         """QK^T of block j and PV of the block before it are in flight together; softmax runs under the latter."""
         o, m, l, p, *q = state
-        slot, before = lax.rem(count + j, self.config.stages), lax.rem(count + j - 1, self.config.stages)
+        slot, before = (lax.rem(count + j - back, self.config.stages) for back in range(2))
+        s, o, p, *q = self.both(o, p, q, slot, before)
+        self.scores_done(item, j, slot)
+        weights, m, l, alpha = self.softmax(s, m, l, item, j, masked)
+        # Rounded only after the wait: until then PV reads the registers of the weights before.
+        o, weights = hopper.wait(0, o, weights)
+        self.release(v_free(self.config, before))
+        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, weights.astype(self.out.dtype), *q
+
+    def both(self, o, p, q: list[Array], slot, before):
+        """Issue QK^T and PV in this warpgroup's turn and wait for the scores -> scores, o in flight, p, *q."""
         plgpu.barrier_wait(self.smem["v_full"].at[before])
         plgpu.barrier_wait(self.smem["k_full"].at[slot])
         self.take_turn()
@@ -409,13 +411,7 @@ class Consumer:
         s = self.scores(q, slot)
         o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
         self.pass_turn()
-        s = hopper.wait(1, s)
-        self.scores_done(item, j, slot)
-        p, m, l, alpha = self.softmax(s, m, l, item, j, masked)
-        # Rounded only after the wait: until then PV reads the registers of the weights before.
-        o, p = hopper.wait(0, o, p)
-        self.release(v_free(self.config, before))
-        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(self.out.dtype), *q
+        return hopper.wait(1, s), o, p, *q
 
     def queries(self) -> list[Array]:
         """Wait for the item's queries; their registers, where they stay in registers."""
