@@ -491,11 +491,10 @@ class Consumer:
         ds_tile = self.smem["ds"][1].at[self.which if self.config.split_columns else lax.rem(i, 2)]
 
         plgpu.barrier_wait(self.smem["q_full"].at[slot])
-        s = hopper.product_t(self.keys(k), q)
+        plgpu.barrier_wait(self.smem["do_full"].at[slot])
+        s, dp = hopper.two_products_t(self.keys(k), q, self.keys(v), do)
         if dq:
             self.hand_over(dq[0])
-        plgpu.barrier_wait(self.smem["do_full"].at[slot])
-        dp = hopper.product_t(self.keys(v), do)
         s = hopper.wait(1, s)
         p, slope = self.probabilities(s, self.statistic(0, slot, s.shape), item, block, is_open(block))
         dv, p16 = hopper.settle(dv, p.astype(self.dk.dtype))

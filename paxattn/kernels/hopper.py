@@ -75,6 +75,26 @@ def product_t(a: Any, b: Any) -> Array:
     return issue(a, b)
 
 
+def two_products_t(a: Any, b: Any, c: Any, d: Any) -> tuple[Array, Array]:
+    """a @ b.T and c @ d.T of tiles; both in flight, the first to be done first."""
+    shapes = [(x.shape[-2], y.shape[-2]) for x, y in ((a, b), (c, d))]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_TILED),) * 4,
+        return_type=tuple(plgpu.ShapeDtypeStruct(shape, jnp.float32, WGMMA) for shape in shapes),
+    )
+    def issue(_, *tiles):
+        # Both cleared before either begins: ptxas lets nothing be written while products are in flight.
+        sums = [mgpu.WGMMAAccumulator.zero(*shape) for shape in shapes]
+        done = []
+        for acc, x, y in zip(sums, tiles[::2], tiles[1::2], strict=True):
+            done.append(mgpu.wgmma(acc, _rows_first(x), mgpu.memref_transpose(_rows_first(y), (1, 0, 3, 2))).value)
+            nvvm.wgmma_commit_group_sync_aligned()
+        return tuple(done)
+
+    return issue(a, b, c, d)
+
+
 def accumulate(acc: Array, p: Array, b: Any) -> Array:
     """acc + p @ b for p [M, N] in registers and a tile b [N, D]; in flight until `wait`."""
 
