@@ -154,8 +154,8 @@ class BackwardConsumer(gpu_flash_bwd.Consumer):
     def nothing(self):
         return ((), ()) if self.config.split_columns else ((), (), ())
 
-    def step(self, item, count, j, is_open, g, state):
-        self.smem["steps"].append((int(j), int(g), bool(is_open(item.lo + item.blocks - 1 - j))))
+    def step(self, item, count, is_open, i, state):
+        self.smem["steps"].append((i, bool(is_open(item.lo + item.blocks - 1 - i // self.plan.group))))
         return state
 
     def hand_over(self, dq):
@@ -201,8 +201,9 @@ def check_backward_item(plan, segments, item):
         smem = dict(steps=[], k_full=None, v_full=None)
         consumer = BackwardConsumer(plan, which, smem, None, None)
         consumer.attend(item, 0)
-        assert [step[:2] for step in smem["steps"]] == [(j, g) for j in range(end - lo) for g in range(plan.group)]
-        for j, _, is_open in smem["steps"]:
+        assert [i for i, _ in smem["steps"]] == list(range((end - lo) * plan.group))
+        for i, is_open in smem["steps"]:
+            j = i // plan.group
             block = seen[(end - 1 - j) * config.block_q : (end - j) * config.block_q]
             block = block[:, consumer.first_key : consumer.first_key + ROWS]
             assert not (is_open or not consumer.edge_exists()) or (block.all() and block.shape[1] == ROWS)

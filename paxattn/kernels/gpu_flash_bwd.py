@@ -46,7 +46,6 @@ class Config:
     block_q: int = 64
     stages: int = 2
     split_columns: bool = False
-    masked_loop: bool = False  # a loop of its own for masked blocks: less to move, more code and registers
     l2_bytes: int = 32 * 2**20  # queries, cotangents and dq sums that items running together may share in the L2 cache
 
     @property
@@ -57,9 +56,7 @@ class Config:
 def config_for(problem: Problem) -> Config:
     if problem.head_dim > 128:
         return Config(split_columns=True)
-    if problem.head_dim > 64:
-        return Config()
-    return Config(block_q=128, masked_loop=True)
+    return Config(block_q=128 if problem.head_dim <= 64 else 64)
 
 
 def candidates(head_dim: int, v_dim: int) -> list[Config]:
@@ -67,13 +64,8 @@ def candidates(head_dim: int, v_dim: int) -> list[Config]:
     del v_dim
     if head_dim > 128:
         return [Config(split_columns=True, l2_bytes=size * 2**20) for size in (16, 32)]
-    return [
-        Config(block_q, stages, False, masked_loop, size * 2**20)
-        for block_q in ((128,) if head_dim <= 64 else (64,))
-        for stages in (2, 3)
-        for masked_loop in (False, True)
-        for size in (16, 32)
-    ]
+    block_q = 128 if head_dim <= 64 else 64
+    return [Config(block_q, stages, l2_bytes=size * 2**20) for stages in (2, 3) for size in (16, 32)]
 
 
 def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool, q, k, v, do, stats, q_seg, kv_seg):
@@ -408,31 +400,11 @@ class Consumer:
         plgpu.wait_smem_to_gmem(0)
 
     def attend(self, item: Item, count) -> None:
-        """The last block first: those on the left edge of the window, the open ones, those on the right edge."""
         plgpu.barrier_wait(self.smem["k_full"])
         plgpu.barrier_wait(self.smem["v_full"])
         first, last = self.open_blocks(item)
-
-        def visit(start, end, is_open, state):
-            def one_block(j, state):
-                step = partial(self.step, item, count, j, is_open)
-                return (
-                    step(jnp.int32(0), state)
-                    if self.plan.group == 1
-                    else lax.fori_loop(0, self.plan.group, step, state)
-                )
-
-            return lax.fori_loop(start, end, one_block, state)
-
-        state = self.nothing()
-        if not (self.config.masked_loop and self.edge_exists()):
-            is_open = lambda block: (block >= item.lo + first) & (block < item.lo + last)
-            state = visit(0, item.blocks, is_open, state)
-        else:
-            if self.problem.left is not None or self.plan.segments is not None:
-                state = visit(0, item.blocks - last, lambda _: False, state)
-            state = visit(item.blocks - last, item.blocks - first, lambda _: True, state)
-            state = visit(item.blocks - first, item.blocks, lambda _: False, state)
+        step = partial(self.step, item, count, lambda block: (block >= first) & (block < last))
+        state = lax.fori_loop(0, item.blocks * self.plan.group, step, self.nothing())
         dk, dv, *dq = state
         if dq:
             self.hand_over(dq[0])
@@ -462,8 +434,14 @@ class Consumer:
         bounded = problem.right is not None or problem.left is not None or self.plan.segments is not None
         return bounded or problem.kv_len % self.config.block_kv != 0
 
+    def masks_all(self) -> bool:
+        """Whether to mask open blocks, too: where one comparison does, that is cheaper than to move P past a branch."""
+        if self.config.split_columns or self.plan.segments is not None or self.problem.left is not None:
+            return False
+        return self.edge_exists()
+
     def open_blocks(self, item: Item):
-        """Of the query blocks visited, counted from the first, those [first, last) that see every key scored here."""
+        """Of the query blocks visited those [first, last) that see every key scored here."""
         problem, block_q = self.problem, self.config.block_q
         first, last = item.lo, item.lo + item.blocks
         kv = item.kv_start + self.first_key
@@ -477,18 +455,16 @@ class Consumer:
             last = jnp.minimum(last, bounds[item.batch, 3, item.tile])
         if problem.kv_len % self.config.block_kv != 0:
             first = jnp.where(kv + ROWS > problem.kv_len, last, first)
-        first = jnp.clip(first - item.lo, 0, item.blocks)
-        return first, jnp.clip(last - item.lo, first, item.blocks)
+        return first, last
 
-    def step(self, item: Item, count, j, is_open, g, state):
+    def step(self, item: Item, count, is_open, i, state):
         """One query block of one head. Nothing is in flight between two steps; dq is handed over under the next."""
         dk, dv, *dq = state
-        i = count + j * self.plan.group + g
-        slot = lax.rem(i, self.config.stages)
-        block = item.lo + item.blocks - 1 - j
+        slot = lax.rem(count + i, self.config.stages)
+        block = item.lo + item.blocks - 1 - (i if self.plan.group == 1 else lax.div(i, jnp.int32(self.plan.group)))
         q, do = self.smem["q"][1].at[slot], self.smem["do"][1].at[slot]
         k, v = (self.smem[name][1].at[hopper.zero()] for name in "kv")
-        ds_tile = self.smem["ds"][1].at[self.which if self.config.split_columns else lax.rem(i, 2)]
+        ds_tile = self.smem["ds"][1].at[self.which if self.config.split_columns else lax.rem(count + i, 2)]
 
         plgpu.barrier_wait(self.smem["q_full"].at[slot])
         plgpu.barrier_wait(self.smem["do_full"].at[slot])
@@ -550,9 +526,9 @@ class Consumer:
             s = jnp.tanh(s * (problem.scale / problem.softcap))
             slope = 1 - s * s
         p = jnp.exp2(s * problem.exponent - lse)
-        if open_block is False:
+        if self.masks_all():
             p = self.masked(p, item, block)
-        elif open_block is not True and self.edge_exists():
+        elif self.edge_exists():
             p = lax.cond(open_block, lambda: p, lambda: self.masked(p, item, block))
         return p, slope
 
