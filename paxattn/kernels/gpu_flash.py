@@ -36,8 +36,8 @@ def flash_attention(
 ) -> tuple[Array, Array]:
     _decline(q, v, q_segment_ids)
     options = Options(left, right, scale, softcap, deterministic, multiprocessors())
-    arrays = _vary_alike(*_reverse_mode(q, k, v, sinks), q_segment_ids, kv_segment_ids)
-    return attend(options, *arrays)
+    arrays = (*_reverse_mode(q, k, v, sinks), q_segment_ids, kv_segment_ids)
+    return attend(options, *online_softmax.vary_like(arrays, *jax.tree.leaves(arrays)))
 
 
 def _decline(q: Array, v: Array, q_segment_ids: Array | None) -> None:
@@ -62,18 +62,6 @@ def multiprocessors() -> int:
     """Of this process's GPU; an H100's where code is lowered on a machine without one."""
     device = jax.devices()[0]
     return device.core_count if device.platform == "gpu" else 132
-
-
-def _vary_alike(*arrays: Array | None) -> list[Array | None]:
-    """Under shard_map, all of them varying over the axes that any varies over, as the kernels' results will."""
-    given = [x for x in arrays if x is not None]
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in given))
-
-    def vary(x):
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-    return [None if x is None else vary(x) for x in arrays]
 
 
 FORWARD_MODE = "forward-mode differentiation: 'mosaic_gpu' has a reverse mode alone; implementation=\"xla\" has both"

@@ -80,21 +80,8 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
         q_seg, kv_seg = pad_segments(q_seg, q_blocks * config.block_q), pad_segments(kv_seg, kv_tiles * config.block_kv)
         inputs += [q_seg, kv_seg, *segment_bounds(problem, config, q_seg, kv_seg)]
     ctas = min(num_sms, problem.batch * problem.kv_heads * kv_tiles)
-    call = plgpu.kernel(
-        partial(_kernel, problem, config, ctas, deterministic, q_seg is not None),
-        out_type=(),
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        scratch_types=_scratch(problem, config, q.dtype),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-    )
+    body = partial(_kernel, problem, config, ctas, deterministic, q_seg is not None)
+    call = hopper.kernel(body, ctas, WARPGROUPS, _scratch(problem, config, q.dtype))
 
     def run(*inputs):
         results = [jnp.zeros(q.shape, jnp.float32), lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype)]
@@ -120,7 +107,7 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
         q=hopper.tile(stages, qk, block_q, CHUNK, dtype=dtype),
         do=hopper.tile(stages, vo, block_q, CHUNK, dtype=dtype),
         ds=hopper.tile(2, block_q // CHUNK, block_kv, CHUNK, dtype=dtype),
-        dq=hopper.float32_tile(WARPGROUPS, 1 if config.split_columns else 2, ROWS, PIECE),
+        dq=hopper.tile(WARPGROUPS, 1 if config.split_columns else 2, ROWS, PIECE, dtype=jnp.float32),
         stats=plgpu.SMEM((stages, 2, block_q), jnp.float32),
         k_full=plgpu.Barrier(num_arrivals=qk),
         v_full=plgpu.Barrier(num_arrivals=vo),
@@ -468,7 +455,7 @@ class Consumer:
 
         plgpu.barrier_wait(self.smem["q_full"].at[slot])
         plgpu.barrier_wait(self.smem["do_full"].at[slot])
-        s, dp = hopper.two_products_t(self.keys(k), q, self.keys(v), do)
+        s, dp = hopper.products_t((self.keys(k), q), (self.keys(v), do))
         if dq:
             self.hand_over(dq[0])
         s = hopper.wait(1, s)

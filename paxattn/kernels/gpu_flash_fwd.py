@@ -92,21 +92,8 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
     extra = [x for x in (sinks, q_seg, kv_seg, bounds) if x is not None]
     items = problem.batch * problem.heads * q_tiles
     ctas = min(num_sms, items)
-    call = plgpu.kernel(
-        partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None),
-        out_type=out_type,
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=config.warpgroups + 1,
-        thread_name="wg",
-        scratch_types=_scratch(problem, config, q.dtype),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-    )
+    body = partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None)
+    call = hopper.kernel(body, ctas, config.warpgroups, _scratch(problem, config, q.dtype), out_type)
     return hopper.apart(call)(q, k, v, *extra)
 
 
@@ -196,12 +183,8 @@ class Plan:
         pairs, group = problem.batch * problem.heads, problem.heads // problem.kv_heads
         kv_bytes = 2 * problem.kv_len * (problem.head_dim + problem.v_dim)
         uniform = problem.right is None or problem.left is not None
-        section = min(
-            pairs,
-            group
-            if uniform
-            else max(self.config.l2_bytes // kv_bytes, 1, tiles.cdiv(2 * self.ctas, q_tiles * group)) * group,
-        )
+        shared = max(self.config.l2_bytes // kv_bytes, tiles.cdiv(2 * self.ctas, q_tiles * group))
+        section = min(pairs, group if uniform else shared * group)
         which, rest = divide(self._index(turn), section * q_tiles)
         rank, pair = divide(rest, jnp.minimum(section, pairs - which * section))
         batch, head = divide(which * section + pair, problem.heads)
@@ -423,7 +406,8 @@ class Consumer:
         return [q]
 
     def scores(self, q: list[Array], slot) -> Array:
-        return hopper.product_t(q[0] if q else self.smem["q"][1].at[self.wg], self.smem["k"][1].at[slot])
+        queries = q[0] if q else self.smem["q"][1].at[self.wg]
+        return hopper.products_t((queries, self.smem["k"][1].at[slot]))[0]
 
     def scores_done(self, item: Item, j, slot) -> None:
         self.release(k_free(self.config, slot))

@@ -21,25 +21,42 @@ WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COL = WGMMA.reduce(0)
 FIRST_BARRIER = 5  # Mosaic GPU itself uses 0 and one for each of at most four warpgroups
-# mypy takes these classes for abstract.
-_SWIZZLE: Any = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
-_TILED: Any = (plgpu.TilingTransform((8, CHUNK)), _SWIZZLE)  # type: ignore[abstract]
 
 
-def tile(*shape: int, dtype: Any) -> plgpu.RefUnion:
-    """Scratch [..., chunks, R, 64] under two names: the first for TMA, the second for WGMMA, loads and stores."""
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=(_SWIZZLE,)),
-        plgpu.SMEM(shape, dtype, transforms=_TILED),
+def kernel(body: Any, blocks: int, warpgroups: int, scratch: dict, out_type: Any = ()) -> Any:
+    """A kernel of persistent blocks, each with so many consumer warpgroups and one more for TMA."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(blocks,),
+        grid_names=("cta",),
+        num_threads=warpgroups + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
     )
 
 
-def float32_tile(*shape: int) -> plgpu.RefUnion:
-    """Scratch [..., R, 32] under two names, as `tile`."""
-    tiling: Any = plgpu.TilingTransform((8, shape[-1]))  # type: ignore[abstract]
+def _transforms(width: int) -> tuple[Any, Any]:
+    """Of a tile whose rows of `width` elements fill 128 bytes, as WGMMA, loads and stores see it."""
+    # mypy takes these classes for abstract.
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+
+
+_TILED = _transforms(CHUNK)
+
+
+def tile(*shape: int, dtype: Any) -> plgpu.RefUnion:
+    """Scratch [..., chunks, R, 128 bytes] under two names: one for TMA, one for WGMMA, loads and stores."""
+    tiling, swizzle = _transforms(shape[-1])
     return plgpu.RefUnion(
-        plgpu.SMEM(shape, jnp.float32, transforms=(_SWIZZLE,)),
-        plgpu.SMEM(shape, jnp.float32, transforms=(tiling, _SWIZZLE)),
+        plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
+        plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle)),
     )
 
 
@@ -57,42 +74,27 @@ def columns(chunk: int, width: int, traced: Array) -> Any:
     return pl.ds(start if start + CHUNK <= width else start + 0 * traced, CHUNK)
 
 
-def product_t(a: Any, b: Any) -> Array:
-    """a @ b.T of [M, D], a tile or in registers, and a tile [N, D], float32 [M, N]; in flight until `wait`."""
-    m, n = (a.shape[-2], b.shape[-2])
-    in_registers = isinstance(a, Array)
+def products_t(*pairs: tuple[Any, Any]) -> tuple[Array, ...]:
+    """a @ b.T for each pair of a [M, D], a tile or in registers, and a tile b [N, D]: float32 [M, N], in flight until
+    `wait`, the first to be done first."""
+    shapes = [(a.shape[-2], b.shape[-2]) for a, b in pairs]
+    tile = plgpu.RefType(_TILED)
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA if in_registers else plgpu.RefType(_TILED), plgpu.RefType(_TILED)),
-        return_type=plgpu.ShapeDtypeStruct((m, n), jnp.float32, WGMMA),
-    )
-    def issue(_, a, b):
-        a = a if in_registers else _rows_first(a)
-        acc = mgpu.wgmma(mgpu.WGMMAAccumulator.zero(m, n), a, mgpu.memref_transpose(_rows_first(b), (1, 0, 3, 2)))
-        nvvm.wgmma_commit_group_sync_aligned()
-        return acc.value
-
-    return issue(a, b)
-
-
-def two_products_t(a: Any, b: Any, c: Any, d: Any) -> tuple[Array, Array]:
-    """a @ b.T and c @ d.T of tiles; both in flight, the first to be done first."""
-    shapes = [(x.shape[-2], y.shape[-2]) for x, y in ((a, b), (c, d))]
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_TILED),) * 4,
+        arg_types=tuple((WGMMA if isinstance(a, Array) else tile, tile) for a, _ in pairs),
         return_type=tuple(plgpu.ShapeDtypeStruct(shape, jnp.float32, WGMMA) for shape in shapes),
     )
-    def issue(_, *tiles):
-        # Both cleared before either begins: ptxas lets nothing be written while products are in flight.
+    def issue(_, *pairs):
+        # All cleared before the first begins: ptxas lets nothing be written while products are in flight.
         sums = [mgpu.WGMMAAccumulator.zero(*shape) for shape in shapes]
-        done = []
-        for acc, x, y in zip(sums, tiles[::2], tiles[1::2], strict=True):
-            done.append(mgpu.wgmma(acc, _rows_first(x), mgpu.memref_transpose(_rows_first(y), (1, 0, 3, 2))).value)
+        results = []
+        for acc, (a, b) in zip(sums, pairs, strict=True):
+            a = a if isinstance(a, mgpu.FragmentedArray) else _rows_first(a)
+            results.append(mgpu.wgmma(acc, a, mgpu.memref_transpose(_rows_first(b), (1, 0, 3, 2))).value)
             nvvm.wgmma_commit_group_sync_aligned()
-        return tuple(done)
+        return tuple(results)
 
-    return issue(a, b, c, d)
+    return issue(*pairs)
 
 
 def accumulate(acc: Array, p: Array, b: Any) -> Array:

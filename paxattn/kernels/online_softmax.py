@@ -58,10 +58,22 @@ def init(q: Array, v: Array) -> State:
     return vary_like(state, q, v)
 
 
-def vary_like(carry: Any, *arrays: Array) -> Any:
-    """A loop's first carry, varying over the axes of shard_map that the arrays vary over, as its later ones will."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-    return lax.pcast(carry, tuple(axes), to="varying") if axes else carry
+def vary_like(tree: Any, *arrays: Array) -> Any:
+    """The leaves of `tree`, varying over all axes of shard_map that any of the arrays varies over.
+
+    A loop's first carry must vary as its later ones will, and what a kernel returns as its operands do.
+    """
+    axes = frozenset().union(*(_varying(x) for x in arrays))
+
+    def vary(x: Array) -> Array:
+        missing = axes - _varying(x)
+        return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
+def _varying(x: Array) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def update(state: State, s: Array, v: Array) -> State:
