@@ -5,7 +5,8 @@ python scripts/tune.py --dims 128 192/128 --masks causal     # these alone; what
 
 For each head dim and mask the forward's candidates are timed, and with the fastest of them the backward's, once with
 deterministic sums and once without. A candidate that does not compile, or whose results are wrong, is left out. All
-are timed once; the best few then take turns as in bench_attention.py, and the lowest median wins.
+are timed once; the best few then take turns as in bench_attention.py, and the lowest median wins. The kernels do not
+read the table yet: `config_for` of either holds what was measured by hand.
 """
 
 import argparse
@@ -26,8 +27,9 @@ import jax
 from jax import Array
 from jax.stages import Compiled
 
-from scripts import bench_attention as bench
-from scripts.bench_attention import Documents, Inputs, Row, Shape, say
+from scripts.attention import measuring, peers, programs, shapes
+from scripts.attention.console import say
+from scripts.attention.shapes import Documents, Inputs, Row, Shape
 
 DIMS = ("64", "80", "96", "128", "192/128", "256")
 MASKS = ("causal", "full")
@@ -74,11 +76,11 @@ def candidates(problem: Problem, shape: Shape) -> list[Config]:
     return kernels(problem.part).candidates(shape.dim, shape.v_dim)
 
 
-def attend(deterministic: bool, **configs: Config) -> bench.Make:
+def attend(deterministic: bool, **configs: Config) -> shapes.Make:
     """The kernel with block sizes given; None leaves the choice to it."""
     flash = importlib.import_module("paxattn.kernels.gpu_flash")
 
-    def make(shape: Shape) -> bench.Attend:
+    def make(shape: Shape) -> shapes.Attend:
         right = 0 if shape.causal else None
         options = flash.Options(None, right, shape.scale, None, deterministic, flash.multiprocessors(), **configs)
 
@@ -90,7 +92,7 @@ def attend(deterministic: bool, **configs: Config) -> bench.Make:
     return make
 
 
-def kernel(problem: Problem, config: Config, forward: Config | None) -> bench.Make:
+def kernel(problem: Problem, config: Config, forward: Config | None) -> shapes.Make:
     if problem.deterministic is None:
         return attend(True, forward=config)
     return attend(problem.deterministic, forward=forward, backward=config)
@@ -104,13 +106,13 @@ def tune(problems: list[Problem], forwards: dict[Problem, Best], options: argpar
         forward = forwards.get(problem._replace(deterministic=None))
         for config in candidates(problem, row.shape):
             make = kernel(problem, config, forward and forward.config)
-            jobs[problem, config] = partial(bench.compiled, row, make)
+            jobs[problem, config] = partial(programs.compiled, row, make)
     start = time.perf_counter()
-    programs = bench.compile_all(jobs, options.threads)
+    built = programs.compile_all(jobs, options.threads)
     say(f"compiled {len(jobs)} candidates in {time.perf_counter() - start:.0f} s on {options.threads} threads")
     found = {}
     for problem, row in rows.items():
-        mine = {config: one for (whose, config), one in programs.items() if whose == problem}
+        mine = {config: one for (whose, config), one in built.items() if whose == problem}
         best = fastest(problem, row, mine, options)
         if best is not None:
             found[problem] = best
@@ -118,34 +120,34 @@ def tune(problems: list[Problem], forwards: dict[Problem, Best], options: argpar
 
 
 def fastest(
-    problem: Problem, row: Row, programs: dict[Config, Compiled | str], options: argparse.Namespace
+    problem: Problem, row: Row, built: dict[Config, Compiled | str], options: argparse.Namespace
 ) -> Best | None:
-    args = bench.inputs(row.shape)
-    right = checked(row, args, programs)
+    args = shapes.inputs(row.shape)
+    right = checked(row, args, built)
     # All of them once, then the best few with care.
-    once = bench.time_in_turns(right, args, 1, 2)
+    once = measuring.time_in_turns(right, args, 1, 2)
     few = heapq.nsmallest(options.finalists, right, key=lambda config: milliseconds(once[config]))
-    times = bench.time_in_turns({config: right[config] for config in few}, args, options.rounds, options.iterations)
+    times = measuring.time_in_turns({config: right[config] for config in few}, args, options.rounds, options.iterations)
     if not times:
         say(f"{problem}: no candidate works")
         return None
     config = min(times, key=lambda config: milliseconds(times[config]))
     ms = milliseconds(times[config])
-    best = Best(config, ms, bench.flops(row) / ms / 1e9)
-    say(f"{problem}: {best.tflops:.0f} TFLOP/s with {config} ({len(right)} of {len(programs)} candidates)")
+    best = Best(config, ms, shapes.flops(row) / ms / 1e9)
+    say(f"{problem}: {best.tflops:.0f} TFLOP/s with {config} ({len(right)} of {len(built)} candidates)")
     return best
 
 
-def milliseconds(times: bench.Times) -> float:
+def milliseconds(times: measuring.Times) -> float:
     return times.kernel_ms or times.wall_ms
 
 
-def checked(row: Row, args: Inputs, programs: dict[Config, Compiled | str]) -> dict[Config, Compiled]:
+def checked(row: Row, args: Inputs, built: dict[Config, Compiled | str]) -> dict[Config, Compiled]:
     """Those that compiled and give what cuDNN gives, or XLA where cuDNN declines; says why the others do not count."""
     expected = reference(row)(*args)
     right: dict[Config, Compiled] = {}
-    for config, one in programs.items():
-        note = one if isinstance(one, str) else bench.check(one, args, expected, row.shape.dtype)[1]
+    for config, one in built.items():
+        note = one if isinstance(one, str) else measuring.check(one, args, expected, row.shape.dtype)[1]
         if isinstance(one, str) or note:
             say(f"  {config}: {note}")
         else:
@@ -154,9 +156,9 @@ def checked(row: Row, args: Inputs, programs: dict[Config, Compiled | str]) -> d
 
 
 def reference(row: Row) -> Compiled:
-    jobs = {"cudnn": partial(bench.compiled, row, bench.cudnn)}
-    served = bench.compile_all(jobs, 1)["cudnn"]
-    return bench.compiled(row, bench.ours("xla")) if isinstance(served, str) else served
+    jobs = {"cudnn": partial(programs.compiled, row, peers.cudnn)}
+    served = programs.compile_all(jobs, 1)["cudnn"]
+    return programs.compiled(row, peers.ours("xla")) if isinstance(served, str) else served
 
 
 def write(path: Path, found: dict[Problem, Best], options: argparse.Namespace) -> None:

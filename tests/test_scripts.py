@@ -12,6 +12,7 @@ import pytest
 
 from paxattn import reference
 from scripts import bench_attention as bench
+from scripts.attention import measuring, peers, programs, shapes
 from scripts.profile_decode import host_operations, page_copies
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +102,9 @@ def test_a_copy_of_pages_and_a_call_of_the_host_are_seen_in_a_program():
 
 
 def test_bench_attention_end_to_end_on_a_cpu(tmp_path):
-    shapes = ["B2 S96 H2/1 D32 causal docs3", "T40 S72 H2 D32/16 full f32"]
+    given = ["B2 S96 H2/1 D32 causal docs3", "T40 S72 H2 D32/16 full f32"]
     out, png = tmp_path / "bench.json", tmp_path / "bench.png"
-    options = ["--shapes", *shapes, "--rounds", 1, "--iterations", 2, "--implementation", "xla"]
+    options = ["--shapes", *given, "--rounds", 1, "--iterations", 2, "--implementation", "xla"]
     done = run(*options, "--json", out, "--plot", png, script="bench_attention.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -112,10 +113,10 @@ def test_bench_attention_end_to_end_on_a_cpu(tmp_path):
     assert str(tmp_path) not in told["command"]
     assert [row["pass"] for row in told["rows"]] == ["fwd", "fwd", "fwdbwd", "fwdbwd"]
     for row in told["rows"]:
-        assert str(bench.Shape.parse(row["shape"])) in done.stdout
+        assert str(shapes.Shape.parse(row["shape"])) in done.stdout
         for one in row["kernels"].values():
             assert one["tflops"] == pytest.approx(row["flops"] / (one["kernel_ms"] or one["wall_ms"]) / 1e9)
-            assert set(one["errors"]) == set(bench.RESULTS if row["pass"] == "fwdbwd" else ["out"])
+            assert set(one["errors"]) == set(shapes.RESULTS if row["pass"] == "fwdbwd" else ["out"])
 
 
 def test_bench_attention_names_a_bad_shape():
@@ -126,13 +127,17 @@ def test_bench_attention_names_a_bad_shape():
 
 def test_bench_attention_does_not_time_a_wrong_kernel():
     def wrong(shape):
-        return lambda q, k, v, docs: 1.05 * bench.ours("xla")(shape)(q, k, v, docs)
+        return lambda q, k, v, docs: 1.05 * peers.ours("xla")(shape)(q, k, v, docs)
 
-    row = bench.Row("fwdbwd", bench.Shape.parse("S24 H2 D16 causal"))
-    programs = {"wrong": bench.compiled(row, wrong), "right": bench.compiled(row, bench.ours("xla")), "none": "absent"}
-    oracle = {"reference": bench.compiled(row, bench.ours("reference"))}
+    row = shapes.Row("fwdbwd", shapes.Shape.parse("S24 H2 D16 causal"))
+    built = {
+        "wrong": programs.compiled(row, wrong),
+        "right": programs.compiled(row, peers.ours("xla")),
+        "none": "absent",
+    }
+    oracle = {"reference": programs.compiled(row, peers.ours("reference"))}
     options = bench.arguments().parse_args(["--rounds", "1", "--iterations", "1"])
-    figures = bench.measure(row, programs, oracle, options).figures
+    figures = measuring.measure(row, built, oracle, options).figures
     assert figures["right"].tflops > 0
     assert (figures["wrong"].tflops, figures["none"].tflops) == (None, None)
     assert figures["wrong"].note.startswith("wrong: out ")
@@ -151,24 +156,24 @@ def test_bench_attention_does_not_time_a_wrong_kernel():
     ],
 )
 def test_bench_attention_counts_what_the_oracle_sees(text):
-    shape = bench.Shape.parse(text)
-    assert bench.Shape.parse(str(shape)) == shape
+    shape = shapes.Shape.parse(text)
+    assert shapes.Shape.parse(str(shape)) == shape
     # With all scores equal and a one-hot value for each key, the weights above 0 are the pairs.
     q, k = jnp.zeros((shape.batch, shape.q_len, 1, 1)), jnp.zeros((shape.batch, shape.kv_len, 1, 1))
     v = jnp.broadcast_to(jnp.eye(shape.kv_len)[None, :, None], (shape.batch, shape.kv_len, 1, shape.kv_len))
-    segments = bench.documents(shape).segments if shape.docs else None
+    segments = shapes.documents(shape).segments if shape.docs else None
     left, right = shape.window and shape.window - 1, 0 if shape.causal else None
     weights, _ = reference.flash_attention(
         q, k, v, None, segments, segments, left=left, right=right, scale=1.0, softcap=None, deterministic=True
     )
     pairs = int(np.count_nonzero(weights))
-    assert bench.visible_pairs(shape) == pairs
-    assert bench.flops(bench.Row("fwd", shape)) == pairs * shape.heads * 2 * (shape.dim + shape.v_dim)
+    assert shapes.visible_pairs(shape) == pairs
+    assert shapes.flops(shapes.Row("fwd", shape)) == pairs * shape.heads * 2 * (shape.dim + shape.v_dim)
 
 
 def test_bench_attention_counts_the_anchors_as_they_do():
-    rows = bench.rows_of(["anchors"], [])
-    assert [sum(row.mode == mode for row in rows) for mode in bench.PASSES] == [12, 5]
-    causal, training = (bench.flops(bench.Row(mode, rows[2].shape)) for mode in bench.PASSES)
+    rows = shapes.rows_of(["anchors"], [])
+    assert [sum(row.mode == mode for row in rows) for mode in shapes.PASSES] == [12, 5]
+    causal, training = (shapes.flops(shapes.Row(mode, rows[2].shape)) for mode in shapes.PASSES)
     assert causal == 4 * 4 * 16 * 4096**2 * 128 / 2
     assert training == 3.5 * causal

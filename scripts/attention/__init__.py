@@ -1,0 +1,1 @@
+"""What scripts/bench_attention.py is made of."""
