@@ -68,8 +68,8 @@ class Best(NamedTuple):
 
 
 def kernels(part: str) -> Any:
-    """The module of the forward or backward kernel, with `candidates` and `Config`."""
-    return importlib.import_module(f"paxattn.kernels.gpu_flash_{part}")
+    """What plans the forward or backward kernel, with `candidates` and `Config`."""
+    return importlib.import_module(f"paxattn.kernels.gpu_flash_{part}_plan")
 
 
 def candidates(problem: Problem, shape: Shape) -> list[Config]:

@@ -1,11 +1,12 @@
 """What the Hopper kernels visit and in which order, with their own code run in NumPy for every block of the grid."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from paxattn.kernels import gpu_blocks, gpu_flash_bwd, gpu_flash_fwd
+from paxattn.kernels import gpu_blocks, gpu_flash_bwd, gpu_flash_bwd_plan, gpu_flash_fwd, gpu_flash_fwd_plan
 from paxattn.kernels.gpu_blocks import ROWS, Problem
 
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)]
@@ -54,7 +55,7 @@ class Grid:
 @pytest.fixture
 def grid(monkeypatch):
     grid = Grid()
-    for module in (gpu_blocks, gpu_flash_fwd, gpu_flash_bwd):
+    for module in (gpu_blocks, gpu_flash_fwd_plan, gpu_flash_fwd, gpu_flash_bwd_plan, gpu_flash_bwd):
         monkeypatch.setattr(module, "jnp", grid)
         monkeypatch.setattr(module, "lax", grid)
     return grid
@@ -116,14 +117,14 @@ def test_the_forward_visits_what_is_visible_once(grid, rng):
     aligned = Problem(1, 384, 384, 1, 1, 128, 128, None, 0, 1.0, None)
     again = np.repeat([[1, 2, 1]], 128, axis=1)
     for problem, segments in [(aligned, (again, again)), *problems(rng, 60)]:
-        config = gpu_flash_fwd.config_for(problem)
+        config = gpu_flash_fwd_plan.config_for(problem)
         bounds = None
         if segments is not None:
             q_seg, kv_seg = padded(segments[0], config.block_q), padded(segments[1], config.block_kv)
-            bounds = gpu_flash_fwd.segment_bounds(problem, config, q_seg, kv_seg)
+            bounds = gpu_flash_fwd_plan.segment_bounds(problem, config, q_seg, kv_seg)
         tiles = -(-problem.q_len // config.block_q)
         ctas = min(int(rng.choice([1, 3, 7, 132])), problem.batch * problem.heads * tiles)
-        plan = gpu_flash_fwd.Plan(problem, config, ctas, bounds)
+        plan = gpu_flash_fwd_plan.Plan(problem, config, ctas, bounds)
         found = set()
         for grid.cta in range(ctas):
             for turn in range(int(plan.count())):
@@ -150,15 +151,23 @@ def check_forward_item(problem, config, bounds, segments, item):
             assert masked or (block.all() and block.shape[1] == config.block_kv)
 
 
+class Passive:
+    """Does nothing, whatever it is asked to do."""
+
+    def __getattr__(self, _):
+        return lambda *_, **__: None
+
+
 class BackwardConsumer(gpu_flash_bwd.Consumer):
     def nothing(self):
-        return ((), ()) if self.config.split_columns else ((), (), ())
+        return (), ()
 
-    def step(self, item, count, is_open, i, state):
-        self.smem["steps"].append((i, bool(is_open(item.lo + item.blocks - 1 - i // self.plan.group))))
-        return state
+    def step(self, item, count, is_open, i, j, g, sums):
+        block = self.plan.block(item, j)
+        self.smem["steps"].append((int(i), int(g), int(block), bool(is_open(block))))
+        return sums
 
-    def hand_over(self, dq):
+    def wait_for_ds(self, slot):
         pass
 
     def store(self, item, dk, dv):
@@ -167,16 +176,17 @@ class BackwardConsumer(gpu_flash_bwd.Consumer):
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_backward_visits_what_is_visible_once_and_in_turns_that_come(grid, rng, monkeypatch):
-    monkeypatch.setattr(gpu_flash_bwd, "plgpu", SimpleNamespace(barrier_wait=lambda _: None))
+    monkeypatch.setattr(gpu_flash_bwd, "plgpu", Passive())
+    monkeypatch.setattr(gpu_flash_bwd, "pl", SimpleNamespace(when=lambda _: lambda _: None))
     for problem, segments in problems(rng, 60):
-        config = gpu_flash_bwd.config_for(problem)
+        config = gpu_flash_bwd_plan.config_for(problem)
         found = None
         if segments is not None:
             q_seg, kv_seg = padded(segments[0], config.block_q), padded(segments[1], config.block_kv)
-            found = (q_seg, kv_seg, *gpu_flash_bwd.segment_bounds(problem, config, q_seg, kv_seg))
+            found = (q_seg, kv_seg, *gpu_flash_bwd_plan.segment_bounds(problem, config, q_seg, kv_seg))
         tiles = -(-problem.kv_len // config.block_kv)
         ctas = min(int(rng.choice([1, 3, 7, 132])), problem.batch * problem.kv_heads * tiles)
-        plan = gpu_flash_bwd.Plan(problem, config, ctas, found)
+        plan = gpu_flash_bwd_plan.Plan(problem, config, ctas, found, bool(rng.integers(2)))
         work = []
         for grid.cta in range(ctas):
             items = [item for turn in range(plan.rounds) if (item := plan.item(np.int64(turn))).exists]
@@ -197,33 +207,65 @@ def check_backward_item(plan, segments, item):
     seen = visible(problem, segments, int(item.batch))[:, item.kv_start : item.kv_start + config.block_kv]
     rows = np.flatnonzero(seen.any(axis=1)) // config.block_q
     assert not rows.size or (lo <= rows[0] and rows[-1] < end)
-    for which in range(gpu_flash_bwd.WARPGROUPS):
-        smem = dict(steps=[], k_full=None, v_full=None)
+    for which in range(gpu_flash_bwd_plan.WARPGROUPS):
+        smem = dict(steps=[], k_full=None, v_full=None, kv_free=None)
         consumer = BackwardConsumer(plan, which, smem, None, None)
         consumer.attend(item, 0)
-        assert [i for i, _ in smem["steps"]] == list(range((end - lo) * plan.group))
-        for i, is_open in smem["steps"]:
-            j = i // plan.group
-            block = seen[(end - 1 - j) * config.block_q : (end - j) * config.block_q]
+        assert [i for i, *_ in smem["steps"]] == list(range((end - lo) * plan.group))
+        visits = {(g, block) for _, g, block, _ in smem["steps"]}
+        assert visits == {(g, block) for g in range(plan.group) for block in range(lo, end)}
+        for _, _, b, is_open in smem["steps"]:
+            block = seen[b * config.block_q : (b + 1) * config.block_q]
             block = block[:, consumer.first_key : consumer.first_key + ROWS]
             assert not (is_open or not consumer.edge_exists()) or (block.all() and block.shape[1] == ROWS)
 
 
 def check_turns(plan, work, rng):
-    """A block's turns are 0, 1, 2 ... in the order of its tiles, and blocks that run in any order all get theirs."""
-    waiting = []
-    for items in work:
-        visits = [(item, int(item.lo + item.blocks) - 1 - j) for item in items for j in range(int(item.blocks))]
-        waiting.append([(int(i.batch), int(i.kv_head), b, int(plan.turn(i, b)), int(i.tile)) for i, b in visits])
+    """A block's turns are 0, 1, 2 ... and CTAs that run at any speed all get theirs."""
+    waiting = [[one for item in items for one in visits(plan, item)] for items in work]
     by_block = {}
-    for *block, turn, tile in (one for many in waiting for one in many):
-        by_block.setdefault(tuple(block), []).append((tile, turn))
-    assert all([turn for _, turn in sorted(one)] == list(range(len(one))) for one in by_block.values())
+    for *block, turn in (one for many in waiting for one in many):
+        by_block.setdefault(tuple(block), []).append(turn)
+    if not plan.ordered:
+        return
+    assert all(sorted(one) == list(range(len(one))) for one in by_block.values())
+    if plan.covers():
+        assert len(by_block) == plan.pairs * plan.group * plan.q_blocks
     done = dict.fromkeys(by_block, 0)
     while any(waiting):
         moved = False
         for cta in rng.permutation(len(waiting)):
-            if waiting[cta] and done[waiting[cta][0][:3]] == waiting[cta][0][3]:
-                done[waiting[cta].pop(0)[:3]] += 1
+            if waiting[cta] and done[waiting[cta][0][:4]] == waiting[cta][0][4]:
+                done[waiting[cta].pop(0)[:4]] += 1
                 moved = True
         assert moved, "no block's turn comes"
+
+
+def visits(plan, item):
+    """(batch, KV head, head of the group, query block, turn) of every step."""
+    found = []
+
+    def step(i, j, g, _):
+        assert i == len(found)
+        block = plan.block(item, j)
+        turn = plan.turn(item, g, block) if plan.ordered else 0
+        place = item.batch, item.kv_head, g, block
+        found.append(tuple(int(x) for x in (*place, turn)))
+
+    plan.each_step(item, step)
+    return found
+
+
+@pytest.mark.parametrize("right", [0, None])
+@pytest.mark.parametrize(("length", "heads", "group"), [(2048, 70, 1), (1024, 100, 2), (1536, 60, 3)])
+@pytest.mark.usefixtures("unchecked")
+def test_blocks_in_step_wait_for_no_turn(grid, length, heads, group, right):
+    """Where all tiles of a round begin together, and a visit takes as long as any other, every turn has come."""
+    problem = Problem(1, length, length, heads * group, heads, 128, 128, None, right, 1.0, None)
+    plan = gpu_flash_bwd_plan.Plan(problem, gpu_flash_bwd_plan.config_for(problem), 132, None, True)
+    times = []
+    for grid.cta in range(plan.ctas):
+        steps = [one for turn in range(plan.rounds) for one in visits(plan, plan.item(np.int64(turn)))]
+        times += [(*one, time) for time, one in enumerate(steps)]
+    times.sort()
+    assert not [(a, b) for a, b in itertools.pairwise(times) if a[:4] == b[:4] and a[5] > b[5]]

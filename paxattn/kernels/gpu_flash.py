@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from paxattn.kernels import gpu_flash_bwd, gpu_flash_fwd, online_softmax, tiles
+from paxattn.kernels import gpu_flash_bwd, gpu_flash_bwd_plan, gpu_flash_fwd, gpu_flash_fwd_plan, online_softmax, tiles
 from paxattn.kernels.gpu_blocks import LOG2E, Problem
 
 
@@ -24,8 +24,8 @@ class Options:
     softcap: float | None
     deterministic: bool
     multiprocessors: int
-    forward: gpu_flash_fwd.Config | None = None
-    backward: gpu_flash_bwd.Config | None = None
+    forward: gpu_flash_fwd_plan.Config | None = None
+    backward: gpu_flash_bwd_plan.Config | None = None
 
 
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128))
@@ -133,7 +133,7 @@ def _problem(options: Options, q, v) -> Problem:
 def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
     def run(q, k, v, sinks, q_seg, kv_seg):
         problem = _problem(options, q, v)
-        config = options.forward or gpu_flash_fwd.config_for(problem)
+        config = options.forward or gpu_flash_fwd_plan.config_for(problem)
         return gpu_flash_fwd.forward(problem, config, options.multiprocessors, q, k, v, sinks, q_seg, kv_seg)
 
     if sinks is not None:
@@ -145,11 +145,10 @@ def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
 def _backward(options: Options, q, k, v, do, lse, delta, q_seg, kv_seg):
     def run(q, k, v, do, lse, delta, q_seg, kv_seg):
         problem = _problem(options, q, v)
-        config = options.backward or gpu_flash_bwd.config_for(problem)
+        config = options.backward or gpu_flash_bwd_plan.config_for(problem)
         stats = _stats(lse, delta, config.block_q)
         plan = (problem, config, options.multiprocessors, options.deterministic)
-        dq, dk, dv = gpu_flash_bwd.backward(*plan, q, k, v, do, stats, q_seg, kv_seg)
-        return dq.astype(q.dtype), dk, dv
+        return gpu_flash_bwd.backward(*plan, q, k, v, do, stats, q_seg, kv_seg)
 
     once = jax.custom_jvp(_folding(run))
     once.defjvp(partial(_refuse, SECOND))

@@ -188,7 +188,7 @@ def wait_for_count(counter: Any, count: Any) -> None:
 
 def set_count(counter: Any, count: Any) -> None:
     """Set the int32 in global memory, after all that this warp has seen done."""
-    _with_counter(counter, count, "fence.acq_rel.gpu; st.release.gpu.global.b32 [$0], $1;")
+    _with_counter(counter, count, "st.release.gpu.global.b32 [$0], $1;")
 
 
 def _with_counter(counter: Any, count: Any, text: str) -> None:

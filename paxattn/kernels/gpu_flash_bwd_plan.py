@@ -1,0 +1,267 @@
+"""What every block of the backward kernel works on, in which order, and in which order dq is summed.
+
+The order is such that the tiles of keys which run together meet at no block of queries at the same time: each adds to
+dq when its turn comes, and hardly ever waits for it (Qiang et al. 2026, DASH, order tiles to the same end).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from paxattn.kernels import tiles
+from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, same_segment, span
+
+WARPGROUPS = 2  # that own dk and dv
+
+
+@dataclass(frozen=True)
+class Config:
+    block_q: int = 64
+    stages: int = 2
+    split_columns: bool = False
+
+    @property
+    def block_kv(self) -> int:
+        return ROWS if self.split_columns else ROWS * WARPGROUPS
+
+
+def config_for(problem: Problem) -> Config:
+    if problem.head_dim > 128:
+        return Config(split_columns=True)
+    return Config(block_q=128 if problem.head_dim <= 64 else 64)
+
+
+def candidates(head_dim: int, v_dim: int) -> list[Config]:
+    """The configs worth timing for a head; not all of them compile for every dtype and mask."""
+    del v_dim
+    if head_dim > 128:
+        return [Config(split_columns=True)]
+    sizes = (64, 128) if head_dim <= 64 else (64,)
+    return [Config(block_q, stages) for block_q in sizes for stages in (2, 3)]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Traced: a tile of keys and the query blocks [lo, lo + blocks) that it visits for every head of the group."""
+
+    exists: Array
+    batch: Array
+    kv_head: Array
+    tile: Array
+    kv_start: Array
+    lo: Array
+    blocks: Array
+    first: Array  # the block visited first
+    direction: Any  # 1 or -1
+    together: tuple[Array, Array]  # the units [0, 1) of the KV head that run in the same round
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which items a block takes.
+
+    A unit of work is a tile or, where tiles differ in work by a causal mask, the n-th together with the n-th last:
+    units then take equally long. They follow each other densely, KV head after KV head, `ctas` in a round.
+
+    Under a causal mask, when dq is summed in order, the first tile of a unit visits its query blocks upwards from the
+    diagonal and the second one downwards, so that no two tiles of a head are at the same block at the same time, and
+    all are in step. Without any mask tile n starts where its keys are and wraps around. In any order all tiles go the
+    other way and meet at each block, which is then in the L2 cache. Windows and segments start on their diagonals.
+    """
+
+    problem: Problem
+    config: Config
+    ctas: int
+    segments: tuple | None
+    ordered: bool  # whether dq is summed in a fixed order
+
+    @property
+    def kv_tiles(self) -> int:
+        return tiles.cdiv(self.problem.kv_len, self.config.block_kv)
+
+    @property
+    def q_blocks(self) -> int:
+        return tiles.cdiv(self.problem.q_len, self.config.block_q)
+
+    @property
+    def group(self) -> int:
+        return self.problem.heads // self.problem.kv_heads
+
+    @property
+    def pairs(self) -> int:
+        return self.problem.batch * self.problem.kv_heads
+
+    @property
+    def banded(self) -> bool:
+        """Whether the tiles that visit a block are some consecutive ones."""
+        return self.problem.left is not None or self.segments is not None
+
+    @property
+    def rotates(self) -> bool:
+        return self.ordered and self.problem.right is None and not self.banded
+
+    @property
+    def triangular(self) -> bool:
+        return self.problem.right is not None and not self.banded
+
+    @property
+    def paired(self) -> bool:
+        """Whether a unit is two tiles; not where there is a block for every tile."""
+        return self.triangular and self.pairs * self.kv_tiles > self.ctas
+
+    @property
+    def units(self) -> int:
+        """Of one KV head."""
+        return tiles.cdiv(self.kv_tiles, 2) if self.paired else self.kv_tiles
+
+    @property
+    def rounds(self) -> int:
+        """Of items, half as many of units if those are two tiles."""
+        return tiles.cdiv(self.pairs * self.units, self.ctas) * (2 if self.paired else 1)
+
+    def item(self, turn) -> Item:
+        problem, units = self.problem, self.units
+        which, half = divide(turn, 2) if self.paired else (turn, 0)
+        index = which * self.ctas + lax.axis_index("cta")
+        exists = index < self.pairs * units
+        pair, unit = divide(jnp.where(exists, index, 0), units)
+        start = which * self.ctas - pair * units
+        together = jnp.maximum(start, 0), jnp.minimum(start + self.ctas, units)
+        batch, kv_head = divide(pair, problem.kv_heads)
+        tile, direction = unit, 1 if self.ordered or not self.triangular else -1
+        if self.paired:
+            exists &= (half == 0) | (2 * unit < self.kv_tiles - 1)
+            tile, direction = jnp.where(half > 0, self.kv_tiles - 1 - unit, unit), direction * (1 - 2 * half)
+        kv_start = tile * self.config.block_kv
+        if self.segments is None:
+            lo, hi = query_range(problem, self.config.block_q, kv_start, self.config.block_kv)
+        else:
+            lo, hi = (self.segments[2][batch, i, tile] for i in range(2))
+        first = self.own_block(tile) if self.rotates else lo
+        if self.triangular:
+            first = jnp.where(direction > 0, lo, hi - 1)
+        blocks = jnp.where(exists, hi - lo, 0)
+        return Item(exists, batch, kv_head, tile, kv_start, lo, blocks, first, direction, together)
+
+    def each_step(self, item: Item, body, state=None):
+        """state = body(i, j, g, state) for the head g of the group and the j-th block it visits; one that falls goes
+        through the heads backwards, too."""
+
+        def one_head(n, state):
+            g = jnp.where(item.direction > 0, n, self.group - 1 - n)
+            return lax.fori_loop(0, item.blocks, lambda j, state: body(n * item.blocks + j, j, g, state), state)
+
+        return lax.fori_loop(0, self.group, one_head, state)
+
+    def block(self, item: Item, j):
+        """The query block that an item visits as number j."""
+        block = item.first + item.direction * j
+        return jnp.where(block >= self.q_blocks, block - self.q_blocks, block) if self.rotates else block
+
+    def own_block(self, tile):
+        """Where a tile starts that visits all blocks."""
+        return jnp.minimum(tile * (self.config.block_kv // self.config.block_q), self.q_blocks - 1)
+
+    def covers(self) -> bool:
+        """Whether some tile visits every query block."""
+        return self.segments is None and (self.problem.right is None or self.problem.offset + self.problem.right >= 0)
+
+    def turn(self, item: Item, g, block):
+        """How many tiles add to the block's dq of head g before this one."""
+        if self.rotates:
+            return self.turn_of_rotation(item, block)
+        if self.banded:
+            return self.turn_in_band(item, block)
+        return self.turn_of_pairs(item, g, block)
+
+    def turn_of_rotation(self, item: Item, block):
+        """The tiles of earlier rounds, then those that started at the block or below, the last first, then others."""
+        start, end = item.together
+        step = self.config.block_kv // self.config.block_q
+        started = jnp.where(block == self.q_blocks - 1, end, jnp.clip(lax.div(block, jnp.int32(step)) + 1, start, end))
+        wrapped = item.tile >= started
+        return jnp.where(wrapped, started + end - 1 - item.tile, start + started - 1 - item.tile)
+
+    def turn_in_band(self, item: Item, block):
+        """The tiles of earlier rounds, then those of this one, the last first, which is ahead of the others."""
+        start, end = item.together
+        low, high = self.band(item.batch, block)
+        return jnp.maximum(start, low) - low + jnp.minimum(end, high) - 1 - item.tile
+
+    def band(self, batch, block):
+        """The tiles [low, high) that visit a block."""
+        problem, config = self.problem, self.config
+        if self.segments is not None:
+            return self.segments[3][batch, 0, block], self.segments[3][batch, 1, block]
+        low = jnp.maximum((block * config.block_q + problem.offset - problem.left) // config.block_kv, 0)
+        return low, self.tiles_from(block)
+
+    def tiles_from(self, block):
+        """How many tiles start to see at a block or before it."""
+        problem, config = self.problem, self.config
+        if problem.right is None:
+            return jnp.full_like(block, self.kv_tiles)
+        keys = (block + 1) * config.block_q + problem.offset + problem.right
+        return jnp.where(block < 0, 0, jnp.clip(-(-keys // config.block_kv), 0, self.kv_tiles))
+
+    def turn_of_pairs(self, item: Item, g, block):
+        """The tiles of earlier rounds, then those of this one by the time at which they come, were all in step."""
+        seen, low, n = self.tiles_from(block), item.lo, self.kv_tiles
+        if not self.paired:
+            return seen - 1 - item.tile
+        start, end = item.together
+        falling = jnp.maximum(n - end, self.units), n - start
+        before = jnp.minimum(start, seen) + jnp.maximum(seen - falling[1], 0)
+
+        def count(below, tiles):
+            """Of some tiles those that see their first query in a block less than `below`."""
+            return jnp.clip(self.tiles_from(below - 1), *tiles) - tiles[0]
+
+        # Rising tile t is there at the time g (q_blocks - lo(t)) + block - lo(t), a falling one so long before the end.
+        # A falling one comes before a rising one if their lo together are below this.
+        margin = 2 * g * self.q_blocks + 2 * block + 1 - self.group * self.unit_time
+        meets = jnp.minimum(lax.div(jnp.maximum(margin, 0) + g, g + 1) - low, block + 1)
+        rising_turn = jnp.minimum(seen, end) - 1 - item.tile + count(meets, falling)
+        falling_turn = item.tile - falling[0] + count(block + 1, item.together) - count(meets, item.together)
+        return before + jnp.where(item.direction < 0, falling_turn, rising_turn)
+
+    @cached_property
+    def unit_time(self) -> int:
+        """Visits of one head from the begin of a unit to its end, of the longest unit."""
+        n, config, problem = self.kv_tiles, self.config, self.problem
+        ahead = problem.offset + (problem.right or 0)
+        firsts = ((t * config.block_kv - ahead) // config.block_q for t in range(n))
+        starts = [min(max(first, 0), self.q_blocks) for first in firsts]
+        return 2 * self.q_blocks - min(starts[t] + starts[-1 - t] for t in range(n))
+
+
+def query_range(problem: Problem, block_q: int, kv_start, rows: int):
+    """Query blocks [lo, hi) of which some query may see one of `rows` keys from kv_start on. Neither falls with it."""
+    blocks = tiles.cdiv(problem.q_len, block_q)
+    first = kv_start - problem.offset
+    last = first + rows - 1
+    lo = jnp.zeros_like(kv_start) if problem.right is None else (first - problem.right) // block_q
+    hi = jnp.full_like(kv_start, blocks) if problem.left is None else (last + problem.left) // block_q + 1
+    lo = jnp.clip(lo, 0, blocks)
+    return lo, jnp.clip(hi, lo, blocks)
+
+
+def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> tuple[Array, Array]:
+    """int32 [B,4,tiles]: of each tile of keys the query blocks [0, 1) that it visits and those [2, 3) that are of one
+    segment with all of it; and [B,2,blocks]: of each query block the tiles [0, 1) that visit it.
+
+    The ranges are widened until neither end falls from one tile to the next: a block's tiles are then consecutive.
+    """
+    q_low, q_high = extremes(q_seg, config.block_q)
+    kv_low, kv_high = extremes(kv_seg, config.block_kv)
+    lo, hi = query_range(problem, config.block_q, jnp.arange(kv_low.shape[1]) * config.block_kv, config.block_kv)
+    lo, hi = span(may_meet(kv_low, kv_high, q_low, q_high) & in_range(lo, hi, q_low.shape[1]))
+    hi = lax.cummax(hi, axis=1)
+    lo = jnp.minimum(lax.cummin(lo, axis=1, reverse=True), hi)
+    bounds = [lo, hi, *same_segment(kv_low, kv_high, q_low, q_high)]
+    block = jnp.arange(q_low.shape[1])[None, None]
+    band = [(x[:, :, None] <= block).sum(axis=1) for x in (hi, lo)]
+    return jnp.stack(bounds, axis=1).astype(jnp.int32), jnp.stack(band, axis=1).astype(jnp.int32)

@@ -1,0 +1,154 @@
+"""What every block of the forward kernel works on, in which order, and which blocks of keys a query tile visits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from paxattn.kernels import tiles
+from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, same_segment, span
+
+
+@dataclass(frozen=True)
+class Config:
+    block_kv: int = 128
+    stages: int = 2
+    warpgroups: int = 2
+    q_in_registers: bool = False
+    l2_bytes: int = 16 * 2**20  # keys and values that items running together may share in the L2 cache
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.warpgroups
+
+
+def config_for(problem: Problem) -> Config:
+    if problem.head_dim > 192:
+        return Config(block_kv=64, stages=2)
+    if problem.head_dim > 128:
+        return Config()
+    if problem.head_dim > 64:
+        return Config(q_in_registers=True)
+    if problem.right is None:
+        return Config(stages=3, warpgroups=3)
+    return Config(stages=4, q_in_registers=True)
+
+
+def candidates(head_dim: int, v_dim: int) -> list[Config]:
+    """The configs worth timing for a head; not all of them compile for every dtype and mask."""
+    wide = head_dim > 128
+    shapes = [(64, 2, 2)] if wide and v_dim > 128 else [(128, 2, 2), (64, 3, 2), (64, 2, 2)]
+    if head_dim <= 64:
+        shapes += [(128, 4, 2), (128, 3, 3), (128, 2, 3)]
+    registers = [False] if wide else [False, True]
+    return [
+        Config(block_kv, stages, warpgroups, in_registers, l2_bytes * 2**20)
+        for block_kv, stages, warpgroups in shapes
+        for in_registers in (registers if warpgroups == 2 else [False])
+        for l2_bytes in (8, 16, 32)
+    ]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Traced: a query tile and the KV blocks from lo on that it visits, the last one first."""
+
+    batch: Array
+    head: Array
+    tile: Array
+    q_start: Array
+    lo: Array
+    blocks: Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which items a block takes, in which order.
+
+    Heads that share KV run side by side, in sections whose K and V fit the L2 cache. In a section the tiles are in
+    the order of their work, longest first in the last section, shortest first in the one before it, and so on, and
+    are dealt to the blocks to and fro: what the blocks get differs by little, and the last items are short.
+    """
+
+    problem: Problem
+    config: Config
+    ctas: int
+    bounds: Any
+
+    @property
+    def q_tiles(self) -> int:
+        return tiles.cdiv(self.problem.q_len, self.config.block_q)
+
+    @property
+    def items(self) -> int:
+        return self.problem.batch * self.problem.heads * self.q_tiles
+
+    def count(self) -> Array:
+        """How many items this block takes; at least one."""
+        rounds = tiles.cdiv(self.items, self.ctas)
+        return jnp.where(self._index(rounds - 1) < self.items, rounds, rounds - 1)
+
+    def _index(self, turn):
+        cta = lax.axis_index("cta")
+        return turn * self.ctas + jnp.where(turn % 2 == 0, cta, self.ctas - 1 - cta)
+
+    def item(self, turn: Array) -> Item:
+        problem, q_tiles = self.problem, self.q_tiles
+        pairs, group = problem.batch * problem.heads, problem.heads // problem.kv_heads
+        kv_bytes = 2 * problem.kv_len * (problem.head_dim + problem.v_dim)
+        uniform = problem.right is None or problem.left is not None
+        shared = max(self.config.l2_bytes // kv_bytes, tiles.cdiv(2 * self.ctas, q_tiles * group))
+        section = min(pairs, group if uniform else shared * group)
+        which, rest = divide(self._index(turn), section * q_tiles)
+        rank, pair = divide(rest, jnp.minimum(section, pairs - which * section))
+        batch, head = divide(which * section + pair, problem.heads)
+        rising = (tiles.cdiv(pairs, section) - 1 - which) % 2 == 1
+        rank = jnp.where(rising, q_tiles - 1 - rank, rank)
+        if self.bounds is None:
+            tile = q_tiles - 1 - rank if problem.right is not None else rank
+            lo, hi = block_range(problem, self.config.block_kv, tile * self.config.block_q, self.config.block_q)
+        else:
+            tile = self.bounds[batch, 4, rank]
+            lo, hi = self.bounds[batch, 0, tile], self.bounds[batch, 1, tile]
+        return Item(batch, head, tile, tile * self.config.block_q, lo, hi - lo)
+
+
+def block_range(problem: Problem, block_kv: int, q_start, rows: int):
+    """KV blocks [lo, hi) that some of `rows` queries from q_start on may see; never empty."""
+    blocks = tiles.cdiv(problem.kv_len, block_kv)
+    first = q_start + problem.offset
+    last = first + rows - 1
+    lo = jnp.zeros_like(q_start) if problem.left is None else (first - problem.left) // block_kv
+    hi = jnp.full_like(q_start, blocks) if problem.right is None else (last + problem.right) // block_kv + 1
+    lo = jnp.clip(lo, 0, blocks - 1)
+    return lo, jnp.clip(hi, lo + 1, blocks)
+
+
+def open_range(problem: Problem, block_kv: int, q_start, rows: int):
+    """KV blocks [lo, hi) that all of `rows` queries from q_start on see every key of; may be empty."""
+    first = q_start + problem.offset
+    last = first + rows - 1
+    lo = jnp.zeros_like(q_start) if problem.left is None else -((problem.left - last) // block_kv)
+    hi = jnp.full_like(q_start, problem.kv_len // block_kv)
+    if problem.right is not None:
+        hi = jnp.minimum(hi, (first + problem.right + 1) // block_kv)
+    return lo, hi
+
+
+def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> Array:
+    """int32 [B,5,tiles]: of each query tile the KV blocks [0, 1) that it visits and those [2, 3) that are of one
+    segment with all of it; in 4 the tiles in the order of work, longest first.
+
+    XLA fuses the comparisons into the reductions: nothing of the size of tiles x blocks is in memory.
+    """
+    q_low, q_high = extremes(q_seg, config.block_q)
+    kv_low, kv_high = extremes(kv_seg, config.block_kv)
+    tile = jnp.arange(q_low.shape[1])
+    lo, hi = block_range(problem, config.block_kv, tile * config.block_q, config.block_q)
+    lo, hi = span(may_meet(q_low, q_high, kv_low, kv_high) & in_range(lo, hi, kv_low.shape[1]))
+    lo = jnp.minimum(lo, kv_low.shape[1] - 1)
+    hi = jnp.maximum(hi, lo + 1)
+    order = jnp.argsort(lo - hi, axis=1, stable=True)
+    bounds = [lo, hi, *same_segment(q_low, q_high, kv_low, kv_high), order]
+    return jnp.stack(bounds, axis=1).astype(jnp.int32)
