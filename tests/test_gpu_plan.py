@@ -226,9 +226,10 @@ def check_turns(plan, work, rng):
     by_block = {}
     for *block, turn in (one for many in waiting for one in many):
         by_block.setdefault(tuple(block), []).append(turn)
-    if not plan.ordered:
+    if not plan.takes_turns:
         return
-    assert all(sorted(one) == list(range(len(one))) for one in by_block.values())
+    right = (lambda n: list(range(n))) if plan.ordered else (lambda n: [0] + [1] * (n - 1))
+    assert all(sorted(one) == right(len(one)) for one in by_block.values())
     if plan.covers():
         assert len(by_block) == plan.pairs * plan.group * plan.q_blocks
     done = dict.fromkeys(by_block, 0)
@@ -236,7 +237,8 @@ def check_turns(plan, work, rng):
         moved = False
         for cta in rng.permutation(len(waiting)):
             if waiting[cta] and done[waiting[cta][0][:4]] == waiting[cta][0][4]:
-                done[waiting[cta].pop(0)[:4]] += 1
+                turn = waiting[cta].pop(0)
+                done[turn[:4]] += int(plan.counts(turn[4]))
                 moved = True
         assert moved, "no block's turn comes"
 
@@ -248,7 +250,7 @@ def visits(plan, item):
     def step(i, j, g, _):
         assert i == len(found)
         block = plan.block(item, j)
-        turn = plan.turn(item, g, block) if plan.ordered else 0
+        turn = plan.turn(item, g, block) if plan.takes_turns else 0
         place = item.batch, item.kv_head, g, block
         found.append(tuple(int(x) for x in (*place, turn)))
 

@@ -45,9 +45,9 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
     call = hopper.kernel(partial(_kernel, plan), ctas, WARPGROUPS + 1, _scratch(problem, config, q.dtype))
 
     def run(*inputs):
-        sums = lax.empty if deterministic and plan.covers() else jnp.zeros
+        sums = lax.empty if plan.takes_turns and plan.covers() else jnp.zeros
         results = [lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype), sums(q.shape, jnp.float32)]
-        if deterministic:
+        if plan.takes_turns:
             results.append(jnp.zeros((problem.batch, problem.heads, q_blocks, 2), jnp.int32))
         return pl.run_state(lambda refs: call(*inputs, *refs))(tuple(results))
 
@@ -189,8 +189,8 @@ def _hand_over(smem: dict, writer: int, dq) -> None:
 
 
 def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
-    """Add every other part of dq that is left in shared memory, in the order of the plan where there are `turns`:
-    of each part how many tiles have added to it."""
+    """Add every other part of dq that is left in shared memory, by the plan's turns where there are `turns`: of each
+    part how many tiles have added to it or, in any order, whether the first one has."""
     config = plan.config
     copied = smem["dq"][0].at[which]
 
@@ -210,19 +210,22 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
         head, block = item.kv_head * plan.group + g, plan.block(item, j)
         if turns is not None:
             turn, counter = plan.turn(item, g, block), turns.at[item.batch, head, block, which]
+            # Before the part is there: to read the counter takes as long as to compute a quarter of it.
+            hopper.wait_for_count(counter, turn)
         for piece in range(_dq_parts(plan) if config.split_columns else 1):
             row, column = _place(config, which, block, piece)
             hopper.bar_sync(DQ_FULL + which, WITH_WRITER)
-            if turns is not None and piece == 0:
-                hopper.wait_for_count(counter, turn)
             send_one = partial(send, reduction="add") if turns is None else partial(send_in_turn, turn=turn)
             send_one((item.batch, row, head, column))
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
         if turns is not None:
-            plgpu.wait_smem_to_gmem(0)
-            hopper.set_count(counter, turn + 1)
+            pl.when(plan.counts(turn))(partial(tell, counter, turn))
+
+    def tell(counter, turn):
+        plgpu.wait_smem_to_gmem(0)
+        hopper.set_count(counter, turn + 1)
 
     def one_item(turn, _):
         item = plan.item(turn)

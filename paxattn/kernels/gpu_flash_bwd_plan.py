@@ -169,13 +169,25 @@ class Plan:
         """Whether some tile visits every query block."""
         return self.segments is None and (self.problem.right is None or self.problem.offset + self.problem.right >= 0)
 
+    @property
+    def takes_turns(self) -> bool:
+        """In any order all tiles but the first wait for that one, so that it stores instead of adding to zeros; not
+        where the first one is another tile for every block."""
+        return self.ordered or (self.covers() and not self.banded)
+
     def turn(self, item: Item, g, block):
-        """How many tiles add to the block's dq of head g before this one."""
+        """How many tiles must have added to the block's dq of head g before this one; 0 is one tile's alone."""
+        if not self.ordered:
+            return jnp.minimum(item.tile, 1)
         if self.rotates:
             return self.turn_of_rotation(item, block)
         if self.banded:
             return self.turn_in_band(item, block)
         return self.turn_of_pairs(item, g, block)
+
+    def counts(self, turn):
+        """Whether others wait for that turn."""
+        return self.ordered | (turn == 0)
 
     def turn_of_rotation(self, item: Item, block):
         """The tiles of earlier rounds, then those that started at the block or below, the last first, then others."""
