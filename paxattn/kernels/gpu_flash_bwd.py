@@ -144,13 +144,12 @@ def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
 
 def compute_dq(plan: Plan, smem: dict) -> None:
     """dQ = dS K of every step, 64 x 64 at a time, left to the writers in turn."""
-    config = plan.config
+    config, parts = plan.config, _dq_parts(plan)
     participants = 128 * (2 if config.split_columns else 1 + WARPGROUPS)
 
     def one_step(i, _):
         slot = lax.rem(i, jnp.int32(2))
         ds, k = smem["ds"][1].at[slot], smem["k"][1].at[hopper.zero()]
-        parts = _dq_parts(plan)
         hopper.bar_sync(DS_FULL + slot, participants)
         for part in range(parts):
             halves = (ds.at[0], k.at[part]) if config.block_q == CHUNK else (ds.at[part], k.at[0])
@@ -163,7 +162,7 @@ def compute_dq(plan: Plan, smem: dict) -> None:
                 for piece in range(2):
                     _hand_over(smem, piece, dq[:, piece * PIECE : (piece + 1) * PIECE])
             else:
-                _hand_over(smem, part, dq)
+                _hand_over(smem, slot if parts == 1 else part, dq)
 
     def one_item(turn, _):
         item = plan.item(turn)
@@ -175,7 +174,7 @@ def compute_dq(plan: Plan, smem: dict) -> None:
 
 
 def _dq_parts(plan: Plan) -> int:
-    """Products of 64 x 64 in the dq of a step."""
+    """Products of 64 x 64 in the dq of a step; where it is one, the writers take every other step."""
     return max(plan.config.block_q // CHUNK, tiles.cdiv(plan.problem.head_dim, CHUNK))
 
 
@@ -191,7 +190,7 @@ def _hand_over(smem: dict, writer: int, dq) -> None:
 def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
     """Add every other part of dq that is left in shared memory, by the plan's turns where there are `turns`: of each
     part how many tiles have added to it or, in any order, whether the first one has."""
-    config = plan.config
+    config, parts = plan.config, _dq_parts(plan)
     copied = smem["dq"][0].at[which]
 
     def send(place, reduction):
@@ -207,13 +206,20 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
         pl.when(turn > 0)(partial(send, place, "add"))
 
     def one_step(item: Item, i, j, g, _):
+        if parts > 1:
+            write(item, j, g)
+        else:
+            pl.when(lax.rem(i, jnp.int32(2)) == which)(partial(write, item, j, g))
+
+    def write(item: Item, j, g):
         head, block = item.kv_head * plan.group + g, plan.block(item, j)
         if turns is not None:
-            turn, counter = plan.turn(item, g, block), turns.at[item.batch, head, block, which]
+            turn = plan.turn(item, g, block)
+            counter = turns.at[item.batch, head, block, which if parts > 1 else 0]
             # Before the part is there: to read the counter takes as long as to compute a quarter of it.
             hopper.wait_for_count(counter, turn)
-        for piece in range(_dq_parts(plan) if config.split_columns else 1):
-            row, column = _place(config, which, block, piece)
+        for piece in range(parts if config.split_columns else 1):
+            row, column = place(block, piece)
             hopper.bar_sync(DQ_FULL + which, WITH_WRITER)
             send_one = partial(send, reduction="add") if turns is None else partial(send_in_turn, turn=turn)
             send_one((item.batch, row, head, column))
@@ -222,6 +228,15 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
             hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
         if turns is not None:
             pl.when(plan.counts(turn))(partial(tell, counter, turn))
+
+    def place(block, piece: int):
+        """The row and the column of dq where a part of it begins."""
+        row = block * config.block_q
+        if config.split_columns:
+            return row, (2 * piece + which) * PIECE
+        if parts == 1:
+            return row, 0
+        return (row, which * CHUNK) if config.block_q == CHUNK else (row + which * ROWS, 0)
 
     def tell(counter, turn):
         plgpu.wait_smem_to_gmem(0)
@@ -233,16 +248,6 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
 
     hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
     lax.fori_loop(0, plan.rounds, one_item, None)
-
-
-def _place(config: Config, which: int, block, piece: int):
-    """The row and the column of dq where a part of it begins."""
-    row = block * config.block_q
-    if config.split_columns:
-        return row, (2 * piece + which) * PIECE
-    if config.block_q == CHUNK:
-        return row, which * CHUNK
-    return row + which * ROWS, 0
 
 
 @dataclass(frozen=True)
@@ -346,10 +351,11 @@ class Consumer:
         k, v = (self.smem[name][1].at[hopper.zero()] for name in "kv")
 
         plgpu.barrier_wait(self.smem["full"].at[slot])
-        (s,) = hopper.products_t((self.keys(k), q))
-        s = hopper.wait(0, s)
+        scores, values = (self.keys(k), q), (self.keys(v), do)
+        s, *more = hopper.products_t(scores, values) if self.config.together else hopper.products_t(scores)
+        s = hopper.wait(len(more), s)
         p, slope = self.probabilities(s, self.statistic(0, slot, s.shape), item, block, is_open(block))
-        (dp,) = hopper.products_t((self.keys(v), do))
+        (dp,) = more or hopper.products_t(values)
         dp = hopper.wait(0, dp)
         ds = p * (dp - self.statistic(1, slot, dp.shape))
         ds = ds if slope is None else ds * slope

@@ -22,6 +22,7 @@ class Config:
     block_q: int = 64
     stages: int = 2
     split_columns: bool = False
+    together: bool = False  # whether S and dP are in flight at once, which takes registers
 
     @property
     def block_kv(self) -> int:
@@ -39,8 +40,9 @@ def candidates(head_dim: int, v_dim: int) -> list[Config]:
     del v_dim
     if head_dim > 128:
         return [Config(split_columns=True)]
-    sizes = (64, 128) if head_dim <= 64 else (64,)
-    return [Config(block_q, stages) for block_q in sizes for stages in (2, 3)]
+    if head_dim > 64:
+        return [Config(stages=2)]
+    return [Config(128), *(Config(stages=stages, together=together) for stages in (2, 3) for together in (False, True))]
 
 
 @dataclass(frozen=True)
