@@ -5,8 +5,8 @@ python scripts/tune.py --dims 128 192/128 --masks causal     # these alone; what
 
 For each head dim and mask the forward's candidates are timed, and with the fastest of them the backward's, once with
 deterministic sums and once without. A candidate that does not compile, or whose results are wrong, is left out. All
-are timed once; the best few then take turns as in bench_attention.py, and the lowest median wins. The kernels do not
-read the table yet: `config_for` of either holds what was measured by hand.
+are timed once; the best few then take turns as in bench_attention.py, and the lowest median wins. The kernels read the
+table; where it says nothing, on other devices for one, they go by `config_for` of their plans.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,6 +26,7 @@ import jax
 from jax import Array
 from jax.stages import Compiled
 
+from paxattn.kernels import block_sizes
 from scripts.attention import measuring, peers, programs, shapes
 from scripts.attention.console import say
 from scripts.attention.shapes import Documents, Inputs, Row, Shape
@@ -34,7 +34,6 @@ from scripts.attention.shapes import Documents, Inputs, Row, Shape
 DIMS = ("64", "80", "96", "128", "192/128", "256")
 MASKS = ("causal", "full")
 WIDTH = 2048  # heads times head dim
-TUNED = Path(__file__).parents[1] / "paxattn" / "kernels" / "tuned"
 
 # A frozen dataclass of block sizes.
 Config = Any
@@ -48,8 +47,8 @@ class Problem(NamedTuple):
     deterministic: bool | None = None  # None: the forward
 
     def __str__(self) -> str:
-        order = {None: "", True: " deterministic", False: " any order"}[self.deterministic]
-        return f"D{self.dims} {self.mask}{order}"
+        head_dim, *v_dim = map(int, self.dims.split("/"))
+        return block_sizes.entry_of(head_dim, (v_dim or [head_dim])[0], self.mask == "causal", self.deterministic)
 
     @property
     def part(self) -> str:
@@ -175,10 +174,6 @@ def write(path: Path, found: dict[Problem, Best], options: argparse.Namespace) -
     say(f"wrote {len(found)} entries to {path.name}")
 
 
-def device_file() -> str:
-    return re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()) + ".json"
-
-
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", nargs="+", default=list(DIMS), metavar="D[/DV]", help="default: all")
@@ -201,7 +196,7 @@ def main() -> None:
         parser.error("this version has no GPU kernel to tune")
     if jax.default_backend() != "gpu":
         parser.error("needs the GPU to tune for")
-    path = options.out or TUNED / device_file()
+    path = options.out or block_sizes.table_of(jax.devices()[0].device_kind)
     forwards = [Problem(dims, mask) for dims in options.dims for mask in options.masks]
     backwards = [one._replace(deterministic=order) for one in forwards for order in (True, False)]
     found = {}

@@ -1,12 +1,21 @@
 """What the Hopper kernels visit and in which order, with their own code run in NumPy for every block of the grid."""
 
 import itertools
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from paxattn.kernels import gpu_blocks, gpu_flash_bwd, gpu_flash_bwd_plan, gpu_flash_fwd, gpu_flash_fwd_plan
+from paxattn.kernels import (
+    block_sizes,
+    gpu_blocks,
+    gpu_flash_bwd,
+    gpu_flash_bwd_plan,
+    gpu_flash_fwd,
+    gpu_flash_fwd_plan,
+)
 from paxattn.kernels.gpu_blocks import ROWS, Problem
 
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)]
@@ -271,3 +280,23 @@ def test_blocks_in_step_wait_for_no_turn(grid, length, heads, group, right):
         times += [(*one, time) for time, one in enumerate(steps)]
     times.sort()
     assert not [(a, b) for a, b in itertools.pairwise(times) if a[:4] == b[:4] and a[5] > b[5]]
+
+
+def test_measured_block_sizes_are_taken_and_others_left_to_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_sizes, "TABLES", tmp_path)
+    problem = Problem(1, 100, 100, 2, 2, 192, 128, None, 0, 1.0, None)
+    entries = {"D192/128 causal": dict(config=dict(block_kv=64, stages=3), ms=1.0)}
+    (tmp_path / "nvidia_h100_80gb.json").write_text(json.dumps(dict(fwd=entries, bwd={})), encoding="utf-8")
+    assert block_sizes.measured("NVIDIA H100-80GB", problem, None) == dict(block_kv=64, stages=3)
+    assert block_sizes.measured("NVIDIA H100-80GB", problem, True) is None
+    assert block_sizes.measured("NVIDIA H100-80GB", replace(problem, right=None), None) is None
+    assert block_sizes.measured("NVIDIA H200", problem, None) is None
+
+
+def test_tables_hold_block_sizes_that_were_candidates():
+    for path in block_sizes.TABLES.glob("*.json"):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for part, plan in (("fwd", gpu_flash_fwd_plan), ("bwd", gpu_flash_bwd_plan)):
+            for name, entry in table[part].items():
+                head_dim, *v_dim = map(int, name.split()[0][1:].split("/"))
+                assert plan.Config(**entry["config"]) in plan.candidates(head_dim, (v_dim or [head_dim])[0]), name

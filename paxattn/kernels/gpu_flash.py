@@ -10,7 +10,15 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from paxattn.kernels import gpu_flash_bwd, gpu_flash_bwd_plan, gpu_flash_fwd, gpu_flash_fwd_plan, online_softmax, tiles
+from paxattn.kernels import (
+    block_sizes,
+    gpu_flash_bwd,
+    gpu_flash_bwd_plan,
+    gpu_flash_fwd,
+    gpu_flash_fwd_plan,
+    online_softmax,
+    tiles,
+)
 from paxattn.kernels.gpu_blocks import LOG2E, Problem
 
 
@@ -129,11 +137,17 @@ def _problem(options: Options, q, v) -> Problem:
     return Problem(*shape, options.left, options.right, options.scale, options.softcap)
 
 
+def _config(plan: Any, problem: Problem, deterministic: bool | None) -> Any:
+    """What was measured on this kind of GPU or, elsewhere, what the plan of the kernel takes for good."""
+    fields = block_sizes.measured(jax.devices()[0].device_kind, problem, deterministic)
+    return plan.Config(**fields) if fields else plan.config_for(problem)
+
+
 @partial(jax.jit, static_argnums=0)
 def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
     def run(q, k, v, sinks, q_seg, kv_seg):
         problem = _problem(options, q, v)
-        config = options.forward or gpu_flash_fwd_plan.config_for(problem)
+        config = options.forward or _config(gpu_flash_fwd_plan, problem, None)
         return gpu_flash_fwd.forward(problem, config, options.multiprocessors, q, k, v, sinks, q_seg, kv_seg)
 
     if sinks is not None:
@@ -145,7 +159,7 @@ def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
 def _backward(options: Options, q, k, v, do, lse, delta, q_seg, kv_seg):
     def run(q, k, v, do, lse, delta, q_seg, kv_seg):
         problem = _problem(options, q, v)
-        config = options.backward or gpu_flash_bwd_plan.config_for(problem)
+        config = options.backward or _config(gpu_flash_bwd_plan, problem, options.deterministic)
         stats = _stats(lse, delta, config.block_q)
         plan = (problem, config, options.multiprocessors, options.deterministic)
         return gpu_flash_bwd.backward(*plan, q, k, v, do, stats, q_seg, kv_seg)

@@ -178,7 +178,7 @@ def _dq_parts(plan: Plan) -> int:
     return max(plan.config.block_q // CHUNK, tiles.cdiv(plan.problem.head_dim, CHUNK))
 
 
-def _hand_over(smem: dict, writer: int, dq) -> None:
+def _hand_over(smem: dict, writer: Any, dq) -> None:
     hopper.bar_sync(DQ_EMPTY + writer, WITH_WRITER)
     written = smem["dq"][1].at[writer]
     for box in range(written.shape[0]):
