@@ -39,8 +39,8 @@ def candidates(head_dim: int, v_dim: int) -> list[Config]:
     del v_dim
     if head_dim > 128:
         return [Config(split_columns=True)]
-    sizes = (64, 128) if head_dim <= 64 else (64,)
-    return [Config(block_q, stages) for block_q in sizes for stages in (2, 3)]
+    block_q = 128 if head_dim <= 64 else 64
+    return [Config(block_q, stages) for stages in (2, 3)]
 
 
 @dataclass(frozen=True)
