@@ -51,7 +51,8 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
             results.append(jnp.zeros((problem.batch, problem.heads, q_blocks, 2), jnp.int32))
         return pl.run_state(lambda refs: call(*inputs, *refs))(tuple(results))
 
-    dk, dv, dq, *_ = hopper.apart(run)(*inputs)
+    # In a scan XLA would have the kernel write to a slice of a larger array, and loses what it wrote in place.
+    dk, dv, dq, *_ = lax.optimization_barrier(hopper.apart(run)(*inputs))
     return (dq * problem.scale).astype(q.dtype), dk, dv
 
 

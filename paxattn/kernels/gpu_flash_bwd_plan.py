@@ -30,9 +30,7 @@ class Config:
 
 
 def config_for(problem: Problem) -> Config:
-    if problem.head_dim > 128:
-        return Config(split_columns=True)
-    return Config(block_q=128 if problem.head_dim <= 64 else 64)
+    return Config(split_columns=problem.head_dim > 128)
 
 
 def candidates(head_dim: int, v_dim: int) -> list[Config]:
@@ -174,8 +172,8 @@ class Plan:
     @property
     def takes_turns(self) -> bool:
         """In any order all tiles but the first wait for that one, so that it stores instead of adding to zeros; not
-        where the first one is another tile for every block."""
-        return self.ordered or (self.covers() and not self.banded)
+        where the first one is another tile for every block, nor where shorter tiles would be heads ahead of it."""
+        return self.ordered or (self.covers() and not self.banded and self.group == 1)
 
     def turn(self, item: Item, g, block):
         """How many tiles must have added to the block's dq of head g before this one; 0 is one tile's alone."""
