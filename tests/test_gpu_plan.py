@@ -160,6 +160,22 @@ def check_forward_item(problem, config, bounds, segments, item):
             assert masked or (block.all() and block.shape[1] == config.block_kv)
 
 
+CAUSAL = [(16, 1024, 16, 16, 128), (4, 4096, 16, 16, 128), (1, 16384, 16, 16, 128), (2, 8192, 32, 8, 128)]
+CAUSAL += [(4, 4096, 32, 32, 64), (4, 4096, 8, 8, 256), (3, 3000, 14, 2, 64), (1, 2048, 32, 8, 128)]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("batch", "length", "heads", "kv_heads", "dim"), CAUSAL)
+def test_the_blocks_of_a_causal_forward_have_equally_much_to_do(grid, batch, length, heads, kv_heads, dim):
+    problem = Problem(batch, length, length, heads, kv_heads, dim, dim, None, 0, 1.0, None)
+    plan = gpu_flash_fwd_plan.Plan(problem, gpu_flash_fwd_plan.config_for(problem), 132, None)
+    work = np.zeros(plan.ctas)
+    for grid.cta in range(plan.ctas):
+        items = plan.item(np.arange(int(plan.count())))
+        work[grid.cta] = (items.blocks + 1).sum()
+    assert work.max() <= 1.05 * work.mean()
+
+
 class Passive:
     """Does nothing, whatever it is asked to do."""
 

@@ -1,13 +1,17 @@
 """What every block of the forward kernel works on, in which order, and which blocks of keys a query tile visits."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from paxattn.kernels import tiles
 from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, same_segment, span
+
+L2_BYTES = 16 * 2**20  # keys and values that stay in the L2 cache beside all that passes through it
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,6 @@ class Config:
     stages: int = 2
     warpgroups: int = 2
     q_in_registers: bool = False
-    l2_bytes: int = 16 * 2**20  # keys and values that items running together may share in the L2 cache
 
     @property
     def block_q(self) -> int:
@@ -36,10 +39,7 @@ def config_for(problem: Problem) -> Config:
 
 
 def candidates(head_dim: int, v_dim: int) -> list[Config]:
-    """The configs worth timing for a head; not all of them compile for every dtype and mask.
-
-    All have one l2_bytes: which is best depends on the length, and 16 MiB is never far from it.
-    """
+    """The configs worth timing for a head; not all of them compile for every dtype and mask."""
     wide = head_dim > 128
     shapes = [(64, 2, 2)] if wide and v_dim > 128 else [(128, 2, 2), (64, 3, 2), (64, 2, 2)]
     if head_dim <= 64:
@@ -97,11 +97,7 @@ class Plan:
 
     def item(self, turn: Array) -> Item:
         problem, q_tiles = self.problem, self.q_tiles
-        pairs, group = problem.batch * problem.heads, problem.heads // problem.kv_heads
-        kv_bytes = 2 * problem.kv_len * (problem.head_dim + problem.v_dim)
-        uniform = problem.right is None or problem.left is not None
-        shared = max(self.config.l2_bytes // kv_bytes, tiles.cdiv(2 * self.ctas, q_tiles * group))
-        section = min(pairs, group if uniform else shared * group)
+        pairs, section = problem.batch * problem.heads, section_size(problem, self.config, self.ctas)
         which, rest = divide(self._index(turn), section * q_tiles)
         rank, pair = divide(rest, jnp.minimum(section, pairs - which * section))
         batch, head = divide(which * section + pair, problem.heads)
@@ -114,6 +110,35 @@ class Plan:
             tile = self.bounds[batch, 4, rank]
             lo, hi = self.bounds[batch, 0, tile], self.bounds[batch, 1, tile]
         return Item(batch, head, tile, tile * self.config.block_q, lo, hi - lo)
+
+
+@lru_cache
+def section_size(problem: Problem, config: Config, ctas: int) -> int:
+    """How many query heads a section has: the largest size that leaves the busiest block least to do.
+
+    Where at least eight blocks work on a head, they share what they load as it comes, and the cache may be overrun.
+    """
+    group, kv_pairs = problem.heads // problem.kv_heads, problem.batch * problem.kv_heads
+    if problem.right is None or problem.left is not None:
+        return group
+    fit = L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.v_dim))
+    most = min(kv_pairs, max(1, fit, min(2 * fit, ctas // (8 * group))))
+    busiest = {size * group: _busiest(problem, config, ctas, size * group) for size in range(1, most + 1)}
+    least = min(busiest.values())
+    return max(size for size, work in busiest.items() if work <= 1.005 * least)
+
+
+def _busiest(problem: Problem, config: Config, ctas: int, section: int) -> int:
+    """The most blocks of keys that a block of the grid visits under a causal mask, each item costing one more."""
+    pairs, q_tiles = problem.batch * problem.heads, tiles.cdiv(problem.q_len, config.block_q)
+    end = (np.arange(q_tiles) + 1) * config.block_q + problem.offset + problem.right
+    work = 1 + np.clip(-(-end // config.block_kv), 1, tiles.cdiv(problem.kv_len, config.block_kv))
+    sizes = np.diff([*range(0, pairs, section), pairs])
+    runs = [np.repeat(work[:: 1 if back % 2 else -1], size) for back, size in enumerate(sizes[::-1])]
+    dealt = np.concatenate(runs[::-1])
+    rounds = np.resize(np.append(dealt, np.zeros(-len(dealt) % ctas, int)), (tiles.cdiv(len(dealt), ctas), ctas))
+    rounds[1::2] = rounds[1::2, ::-1]
+    return int(rounds.sum(axis=0).max())
 
 
 def block_range(problem: Problem, block_kv: int, q_start, rows: int):
