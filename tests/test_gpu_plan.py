@@ -138,20 +138,25 @@ def test_the_forward_visits_what_is_visible_once(grid, rng):
         for grid.cta in range(ctas):
             for turn in range(int(plan.count())):
                 item = plan.item(np.int64(turn))
-                found.add((int(item.batch), int(item.head), int(item.tile)))
+                found.add((int(item.batch), int(item.head), int(item.q_start)))
                 if item.head == 0:
-                    check_forward_item(problem, config, bounds, segments, item)
+                    check_forward_item(problem, config, segments, item)
         assert len(found) == problem.batch * problem.heads * tiles
 
 
-def check_forward_item(problem, config, bounds, segments, item):
+def check_forward_item(problem, config, segments, item):
     lo, end = int(item.lo), int(item.lo + item.blocks)
     assert 0 <= lo < end <= -(-problem.kv_len // config.block_kv)
     seen = visible(problem, segments, int(item.batch))
+    if segments is not None and not item.run[2]:
+        unbounded = visible(problem, None, int(item.batch))
+        keys = np.arange(problem.kv_len)[None]
+        rows = slice(item.q_start, item.q_start + config.block_q)
+        np.testing.assert_array_equal(seen[rows], (unbounded & (keys >= item.run[0]) & (keys < item.run[1]))[rows])
     columns = np.flatnonzero(seen[item.q_start : item.q_start + config.block_q].any(axis=0)) // config.block_kv
     assert not columns.size or (lo <= columns[0] and columns[-1] < end)
     for which in range(config.warpgroups):
-        consumer = ForwardConsumer(problem, config, which, {}, None, None, None, bounds, None, None)
+        consumer = ForwardConsumer(problem, config, which, {}, None, segments, None, None, None)
         steps = [(0, consumer.right_edge_exists()), *consumer.steps(item, 0, ())]
         assert [j for j, _ in steps] == list(range(end - lo))
         start = int(item.q_start) + which * ROWS

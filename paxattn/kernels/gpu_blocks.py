@@ -91,3 +91,14 @@ def same_segment(low: Array, high: Array, other_low: Array, other_high: Array) -
     one = (low == high)[..., None] & (other_low == other_high)[:, None] & (low[..., None] == other_low[:, None])
     lo, hi = span(one)
     return lo, jnp.where(one.sum(axis=-1) == hi - lo, hi, lo)
+
+
+def run_of(low: Array, high: Array, ids: Array, lo: Array, hi: Array) -> tuple[Array, Array, Array]:
+    """Of tiles whose ids are from low to high [B,n], what in [lo, hi) [n] of the other side's ids [B,S] they may meet.
+
+    Returns the smallest [first, end) with all of it, and whether some of that is not of one segment with all the tile.
+    """
+    size = ids.shape[1]
+    met = (ids[:, None] >= low[..., None]) & (ids[:, None] <= high[..., None]) & in_range(lo, hi, size)
+    first, end = span(met)
+    return first, end, (low != high) | (met.sum(axis=-1) != end - first)

@@ -72,7 +72,7 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
     @pl.when(wg < config.warpgroups)
     def _consumers():
         plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
-        Consumer(problem, config, wg, smem, sinks, q_seg, kv_seg, bounds, out, lse).run(plan)
+        Consumer(problem, config, wg, smem, sinks, q_seg, kv_seg, out, lse).run(plan)
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -89,8 +89,12 @@ def produce(plan: Plan, smem: dict, q, k, v) -> None:
     q_tile, k_tile, v_tile = smem["q"][0], smem["k"][0], smem["v"][0]
     threads = 128 * config.warpgroups + 32
 
-    def one_item(turn, count):
-        item = plan.item(turn)
+    items = plan.count()
+
+    def one_item(turn, carry):
+        count, item = carry
+        # Looked up while this one's blocks wait for their slots.
+        following = plan.item(jnp.minimum(turn + 1, items - 1))
         kv_head = lax.div(item.head, problem.heads // problem.kv_heads)
 
         def load_queries():
@@ -110,9 +114,9 @@ def produce(plan: Plan, smem: dict, q, k, v) -> None:
             hopper.load_tile(v.at[item.batch, :, kv_head], start, v_tile.at[slot], smem["v_full"].at[slot])
 
         lax.fori_loop(0, item.blocks, one_block, None)
-        return count + item.blocks
+        return count + item.blocks, following
 
-    lax.fori_loop(0, plan.count(), one_item, jnp.int32(0))
+    lax.fori_loop(0, items, one_item, (jnp.int32(0), plan.item(jnp.int32(0))))
 
 
 def k_free(config: Config, slot):
@@ -134,7 +138,6 @@ class Consumer:
     sinks: Any
     q_seg: Any
     kv_seg: Any
-    bounds: Any
     out: Any
     lse: Any
 
@@ -161,23 +164,24 @@ class Consumer:
         problem, config = self.problem, self.config
         q_start = item.q_start + self.wg * ROWS
         lo, hi = open_range(problem, config.block_kv, q_start, ROWS)
-        if self.bounds is not None:
-            lo = jnp.maximum(lo, self.bounds[item.batch, 2, item.tile])
-            hi = jnp.minimum(hi, self.bounds[item.batch, 3, item.tile])
         end = item.lo + item.blocks
+        if item.run is not None:
+            first, last, mixed = item.run
+            lo = jnp.where(mixed, end, jnp.maximum(lo, -(-first // config.block_kv)))
+            hi = jnp.minimum(hi, last // config.block_kv)
         edge = jnp.clip(end - hi, 1, item.blocks)
         inside = jnp.clip(end - jnp.maximum(lo, item.lo), edge, item.blocks)
         if self.right_edge_spans_blocks():
             state = lax.fori_loop(1, edge, partial(self.step, item, count, True), state)
         state = lax.fori_loop(edge, inside, partial(self.step, item, count, False), state)
-        if problem.left is not None or self.bounds is not None:
+        if problem.left is not None or item.run is not None:
             state = lax.fori_loop(inside, item.blocks, partial(self.step, item, count, True), state)
         return state
 
     def right_edge_spans_blocks(self) -> bool:
         problem, config = self.problem, self.config
-        if self.bounds is not None or problem.right is None:
-            return self.bounds is not None
+        if problem.right is None:
+            return False
         return (problem.offset + problem.right) % config.block_kv != 0 or config.block_kv % config.block_q != 0
 
     def start(self, item: Item):
@@ -271,7 +275,7 @@ class Consumer:
 
     def right_edge_exists(self) -> bool:
         problem = self.problem
-        bounded = problem.right is not None or problem.left is not None or self.bounds is not None
+        bounded = problem.right is not None or problem.left is not None or self.q_seg is not None
         return bounded or problem.kv_len % self.config.block_kv != 0
 
     def softmax(self, s, m, l, item: Item, j, masked):
@@ -280,29 +284,37 @@ class Consumer:
         if problem.shaped:
             s = s * problem.scale if problem.softcap is None else jnp.tanh(s * (problem.scale / problem.softcap))
         if masked:
-            s = jnp.where(self.mask(s.shape, item, item.lo + item.blocks - 1 - j), s, -jnp.inf)
+            s = self.mask(s, item, item.lo + item.blocks - 1 - j)
         higher = jnp.maximum(m, s.max(axis=1) * problem.exponent)
         alpha = jnp.exp2(m - higher)
         p = jnp.exp2(s * problem.exponent - lax.broadcast_in_dim(higher, s.shape, [0]))
         l = l * alpha + p.sum(axis=1)
         return p, higher, l, alpha
 
-    def mask(self, shape, item: Item, block):
-        problem, start = self.problem, item.q_start + self.wg * ROWS
-        q_pos = iota(shape[0], ROW) + (start + problem.offset)
+    def mask(self, s, item: Item, block):
+        problem, shape = self.problem, s.shape
+        q_pos = iota(shape[0], ROW) + (item.q_start + self.wg * ROWS + problem.offset)
         kv_pos = lax.broadcast_in_dim(iota(shape[1], COL) + block * self.config.block_kv, shape, [1])
+        first, end, _ = item.run or (None, problem.kv_len, None)
         if problem.right is None:
-            seen = kv_pos < problem.kv_len
+            seen = kv_pos < end
         else:
-            last = jnp.minimum(q_pos + problem.right, problem.kv_len - 1)
-            seen = kv_pos <= lax.broadcast_in_dim(last, shape, [0])
+            seen = kv_pos <= lax.broadcast_in_dim(jnp.minimum(q_pos + problem.right, end - 1), shape, [0])
         if problem.left is not None:
-            seen &= kv_pos >= lax.broadcast_in_dim(q_pos - problem.left, shape, [0])
-        if self.bounds is not None:
-            q_seg = load_segments(self.q_seg, item.batch, start, ROWS, ROW)
-            kv_seg = load_segments(self.kv_seg, item.batch, block * self.config.block_kv, self.config.block_kv, COL)
-            seen &= lax.broadcast_in_dim(q_seg, shape, [0]) == lax.broadcast_in_dim(kv_seg, shape, [1])
-        return seen
+            start = q_pos - problem.left if first is None else jnp.maximum(q_pos - problem.left, first)
+            seen &= kv_pos >= lax.broadcast_in_dim(start, shape, [0])
+        elif first is not None:
+            seen &= kv_pos >= first
+        s = jnp.where(seen, s, -jnp.inf)
+        if item.run is None:
+            return s
+        return lax.cond(item.run[2] != 0, lambda: self.compare_segments(s, item, block), lambda: s)
+
+    def compare_segments(self, s, item: Item, block):
+        q_seg = load_segments(self.q_seg, item.batch, item.q_start + self.wg * ROWS, ROWS, ROW)
+        kv_seg = load_segments(self.kv_seg, item.batch, block * self.config.block_kv, self.config.block_kv, COL)
+        q_seg, kv_seg = (lax.broadcast_in_dim(x, s.shape, [axis]) for axis, x in enumerate((q_seg, kv_seg)))
+        return jnp.where(q_seg == kv_seg, s, -jnp.inf)
 
     def finish(self, item: Item, o, m, l) -> None:
         """Bring in the sink, divide, and send the rows away; the stores run under the next item."""

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from paxattn.kernels import tiles
-from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, same_segment, span
+from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, run_of
 
 L2_BYTES = 16 * 2**20  # keys and values that stay in the L2 cache beside all that passes through it
 
@@ -52,16 +53,17 @@ def candidates(head_dim: int, v_dim: int) -> list[Config]:
     ]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Item:
     """Traced: a query tile and the KV blocks from lo on that it visits, the last one first."""
 
     batch: Array
     head: Array
-    tile: Array
     q_start: Array
     lo: Array
     blocks: Array
+    run: tuple[Array, Array, Array] | None  # with segments: the keys [0, 1) it may see, and whether not all queries do
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Plan:
 
     def item(self, turn: Array) -> Item:
         problem, q_tiles = self.problem, self.q_tiles
-        pairs, section = problem.batch * problem.heads, section_size(problem, self.config, self.ctas)
+        pairs = problem.batch * problem.heads
+        section = section_size(problem, self.config, self.ctas, self.bounds is not None)
         which, rest = divide(self._index(turn), section * q_tiles)
         rank, pair = divide(rest, jnp.minimum(section, pairs - which * section))
         batch, head = divide(which * section + pair, problem.heads)
@@ -107,22 +110,25 @@ class Plan:
             tile = q_tiles - 1 - rank if problem.right is not None else rank
             lo, hi = block_range(problem, self.config.block_kv, tile * self.config.block_q, self.config.block_q)
         else:
-            tile = self.bounds[batch, 4, rank]
-            lo, hi = self.bounds[batch, 0, tile], self.bounds[batch, 1, tile]
-        return Item(batch, head, tile, tile * self.config.block_q, lo, hi - lo)
+            tile, lo, hi, *run = (self.bounds[batch, rank, i] for i in range(6))
+            return Item(batch, head, tile * self.config.block_q, lo, hi - lo, tuple(run))
+        return Item(batch, head, tile * self.config.block_q, lo, hi - lo, None)
 
 
 @lru_cache
-def section_size(problem: Problem, config: Config, ctas: int) -> int:
+def section_size(problem: Problem, config: Config, ctas: int, has_segments: bool) -> int:
     """How many query heads a section has: the largest size that leaves the busiest block least to do.
 
     Where at least eight blocks work on a head, they share what they load as it comes, and the cache may be overrun.
     """
     group, kv_pairs = problem.heads // problem.kv_heads, problem.batch * problem.kv_heads
-    if problem.right is None or problem.left is not None:
+    sharing = max(1, ctas // (8 * group))
+    if problem.left is not None or has_segments:
+        return group * min(kv_pairs, sharing)
+    if problem.right is None:
         return group
     fit = L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.v_dim))
-    most = min(kv_pairs, max(1, fit, min(2 * fit, ctas // (8 * group))))
+    most = min(kv_pairs, max(1, fit, min(2 * fit, sharing)))
     busiest = {size * group: _busiest(problem, config, ctas, size * group) for size in range(1, most + 1)}
     least = min(busiest.values())
     return max(size for size, work in busiest.items() if work <= 1.005 * least)
@@ -164,18 +170,17 @@ def open_range(problem: Problem, block_kv: int, q_start, rows: int):
 
 
 def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> Array:
-    """int32 [B,5,tiles]: of each query tile the KV blocks [0, 1) that it visits and those [2, 3) that are of one
-    segment with all of it; in 4 the tiles in the order of work, longest first.
+    """int32 [B,tiles,6], in the order of work, longest first: a query tile, the KV blocks [1, 2) that it visits, the
+    keys [3, 4) that it may see, and whether not every query of it sees all of them but for causality and windows.
 
-    XLA fuses the comparisons into the reductions: nothing of the size of tiles x blocks is in memory.
+    XLA fuses the comparisons into the reductions: nothing of the size of tiles x keys is in memory.
     """
-    q_low, q_high = extremes(q_seg, config.block_q)
-    kv_low, kv_high = extremes(kv_seg, config.block_kv)
-    tile = jnp.arange(q_low.shape[1])
-    lo, hi = block_range(problem, config.block_kv, tile * config.block_q, config.block_q)
-    lo, hi = span(may_meet(q_low, q_high, kv_low, kv_high) & in_range(lo, hi, kv_low.shape[1]))
-    lo = jnp.minimum(lo, kv_low.shape[1] - 1)
-    hi = jnp.maximum(hi, lo + 1)
+    block_kv, low, high = config.block_kv, *extremes(q_seg, config.block_q)
+    tile = jnp.broadcast_to(jnp.arange(low.shape[1]), low.shape)
+    lo, hi = block_range(problem, block_kv, tile[0] * config.block_q, config.block_q)
+    first, end, mixed = run_of(low, high, kv_seg[:, : problem.kv_len], lo * block_kv, hi * block_kv)
+    lo = jnp.minimum(first, problem.kv_len - 1) // block_kv
+    hi = jnp.maximum(-(-end // block_kv), lo + 1)
     order = jnp.argsort(lo - hi, axis=1, stable=True)
-    bounds = [lo, hi, *same_segment(q_low, q_high, kv_low, kv_high), order]
-    return jnp.stack(bounds, axis=1).astype(jnp.int32)
+    bounds = jnp.stack([tile, lo, hi, first, end, mixed], axis=2).astype(jnp.int32)
+    return jnp.take_along_axis(bounds, order[:, :, None], axis=1)
