@@ -53,6 +53,13 @@ class Grid:
             state = body(i, state)
         return state
 
+    def reduce(self, operands, initial, computation, axes):
+        (axis,) = axes
+        state = tuple(np.broadcast_to(x, np.delete(operands[0].shape, axis)) for x in initial)
+        for i in range(operands[0].shape[axis]):
+            state = computation(state, [x.take(i, axis) for x in operands])
+        return state
+
     def cummax(self, x, axis):
         return np.maximum.accumulate(x, axis=axis)
 
@@ -135,13 +142,22 @@ def test_the_forward_visits_what_is_visible_once(grid, rng):
         ctas = min(int(rng.choice([1, 3, 7, 132])), problem.batch * problem.heads * tiles)
         plan = gpu_flash_fwd_plan.Plan(problem, config, ctas, bounds)
         found = set()
-        for grid.cta in range(ctas):
-            for turn in range(int(plan.count())):
-                item = plan.item(np.int64(turn))
-                found.add((int(item.batch), int(item.head), int(item.q_start)))
-                if item.head == 0:
-                    check_forward_item(problem, config, segments, item)
+        assert sorted(indices(grid, plan)) == list(range(plan.items))
+        for index in range(plan.items):
+            item = plan.item(np.int64(index))
+            found.add((int(item.batch), int(item.head), int(item.q_start)))
+            if item.head == 0:
+                check_forward_item(problem, config, segments, item)
         assert len(found) == problem.batch * problem.heads * tiles
+
+
+def indices(grid, plan):
+    """What the blocks take in a fixed order, then what they take as they become ready."""
+    for grid.cta in range(plan.ctas):
+        taken = map(plan.index, map(np.int64, itertools.count() if plan.dealt else range(1)))
+        yield from map(int, itertools.takewhile(lambda index: index < plan.items, taken))
+    if not plan.dealt:
+        yield from range(plan.ctas, plan.items)
 
 
 def check_forward_item(problem, config, segments, item):
@@ -176,8 +192,22 @@ def test_the_blocks_of_a_causal_forward_have_equally_much_to_do(grid, batch, len
     plan = gpu_flash_fwd_plan.Plan(problem, gpu_flash_fwd_plan.config_for(problem), 132, None)
     work = np.zeros(plan.ctas)
     for grid.cta in range(plan.ctas):
-        items = plan.item(np.arange(int(plan.count())))
-        work[grid.cta] = (items.blocks + 1).sum()
+        index = plan.index(np.arange(-(-plan.items // plan.ctas)))
+        work[grid.cta] = (plan.item(index[index < plan.items]).blocks + 1).sum()
+    assert work.max() <= 1.05 * work.mean()
+
+
+@pytest.mark.usefixtures("unchecked", "grid")
+@pytest.mark.parametrize("documents", [1, 8, 16, 100])
+def test_the_blocks_of_a_packed_forward_have_equally_much_to_do(rng, documents):
+    length, heads, ctas = 16384, 16, 132
+    problem = Problem(1, length, length, heads, heads, 128, 128, None, 0, 1.0, None)
+    ids = np.sort(rng.integers(0, documents, (1, length)), axis=1)
+    config = gpu_flash_fwd_plan.config_for(problem)
+    plan = gpu_flash_fwd_plan.Plan(problem, config, ctas, gpu_flash_fwd_plan.segment_bounds(problem, config, ids, ids))
+    work = np.zeros(ctas)
+    for index in range(plan.items):
+        work[work.argmin()] += plan.item(np.int64(index)).blocks + 1
     assert work.max() <= 1.05 * work.mean()
 
 

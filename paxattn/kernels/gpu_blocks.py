@@ -97,8 +97,15 @@ def run_of(low: Array, high: Array, ids: Array, lo: Array, hi: Array) -> tuple[A
     """Of tiles whose ids are from low to high [B,n], what in [lo, hi) [n] of the other side's ids [B,S] they may meet.
 
     Returns the smallest [first, end) with all of it, and whether some of that is not of one segment with all the tile.
+    One reduction: nothing of the size of tiles x S is in memory.
     """
     size = ids.shape[1]
     met = (ids[:, None] >= low[..., None]) & (ids[:, None] <= high[..., None]) & in_range(lo, hi, size)
-    first, end = span(met)
-    return first, end, (low != high) | (met.sum(axis=-1) != end - first)
+    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), met.shape)
+    of_each = jnp.where(met, index, size), jnp.where(met, index + 1, 0), met.astype(jnp.int32)
+    first, end, count = lax.reduce(of_each, (jnp.int32(size), jnp.int32(0), jnp.int32(0)), _extremes_and_sum, (2,))
+    return first, end, (low != high) | (count != end - first)
+
+
+def _extremes_and_sum(a, b):
+    return jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]), a[2] + b[2]

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, tiles
 from paxattn.kernels.gpu_blocks import ROWS, Problem, iota, load_segments, pad_segments
-from paxattn.kernels.gpu_flash_bwd_plan import WARPGROUPS, Config, Item, Plan, segment_bounds
+from paxattn.kernels.gpu_flash_bwd_plan import WARPGROUPS, Config, Item, Plan, segment_bounds, split_of
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 
 DS_FULL = hopper.FIRST_BARRIER
@@ -40,20 +40,30 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
         q_seg, kv_seg = pad_segments(q_seg, q_blocks * config.block_q), pad_segments(kv_seg, kv_tiles * config.block_kv)
         segments = q_seg, kv_seg, *segment_bounds(problem, config, q_seg, kv_seg)
         inputs += segments
+    split = split_of(problem, config, num_sms)
+    problem = replace(problem, kv_heads=problem.kv_heads * split)
     ctas = min(num_sms, problem.batch * problem.kv_heads * kv_tiles)
     plan = Plan(problem, config, ctas, segments, deterministic)
     call = hopper.kernel(partial(_kernel, plan), ctas, WARPGROUPS + 1, _scratch(problem, config, q.dtype))
 
     def run(*inputs):
         sums = lax.empty if plan.takes_turns and plan.covers() else jnp.zeros
-        results = [lax.empty(k.shape, k.dtype), lax.empty(v.shape, v.dtype), sums(q.shape, jnp.float32)]
+        parts = [lax.empty((*x.shape[:2], problem.kv_heads, x.shape[3]), x.dtype) for x in (k, v)]
+        results = [*parts, sums(q.shape, jnp.float32)]
         if plan.takes_turns:
             results.append(jnp.zeros((problem.batch, problem.heads, q_blocks, 2), jnp.int32))
         return pl.run_state(lambda refs: call(*inputs, *refs))(tuple(results))
 
     # In a scan XLA would have the kernel write to a slice of a larger array, and loses what it wrote in place.
     dk, dv, dq, *_ = lax.optimization_barrier(hopper.apart(run)(*inputs))
+    if split > 1:
+        dk, dv = (_sum_of_parts(x, split) for x in (dk, dv))
     return (dq * problem.scale).astype(q.dtype), dk, dv
+
+
+def _sum_of_parts(x: Array, split: int) -> Array:
+    """[B,S,K*split,D] -> [B,S,K,D], in float32 between."""
+    return x.reshape(*x.shape[:2], -1, split, x.shape[3]).astype(jnp.float32).sum(axis=3).astype(x.dtype)
 
 
 def _chunks(config: Config, dim: int) -> int:
@@ -115,6 +125,7 @@ def _kernel(plan: Plan, *refs, **smem):
 def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
     """Load the keys and values of every item and stream its query blocks."""
     config = plan.config
+    split = plan.problem.kv_heads // k.shape[2]
 
     def one_item(turn, carry):
         count, loaded = carry
@@ -122,8 +133,9 @@ def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
 
         def load_kv():
             pl.when(loaded > 0)(lambda: plgpu.barrier_wait(smem["kv_free"]))
-            hopper.load_tile(k.at[item.batch, :, item.kv_head], item.kv_start, smem["k"][0].at[0], smem["k_full"])
-            hopper.load_tile(v.at[item.batch, :, item.kv_head], item.kv_start, smem["v"][0].at[0], smem["v_full"])
+            kv_head = lax.div(item.kv_head, jnp.int32(split))
+            hopper.load_tile(k.at[item.batch, :, kv_head], item.kv_start, smem["k"][0].at[0], smem["k_full"])
+            hopper.load_tile(v.at[item.batch, :, kv_head], item.kv_start, smem["v"][0].at[0], smem["v_full"])
 
         def one_step(i, j, g, _):
             step = count + i
@@ -280,7 +292,9 @@ class Consumer:
             pl.when(item.exists)(lambda: self.attend(item, count))
             return count + item.blocks * self.plan.group
 
-        lax.fori_loop(0, self.plan.rounds, one_item, jnp.int32(0))
+        # Of unknown number: were the compiler to know that every item exists, it would hold too much in registers, and
+        # ptxas would let no products overlap.
+        lax.fori_loop(0, self.plan.rounds + hopper.zero(), one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def attend(self, item: Item, count) -> None:

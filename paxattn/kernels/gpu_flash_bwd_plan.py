@@ -29,6 +29,13 @@ class Config:
         return ROWS if self.split_columns else ROWS * WARPGROUPS
 
 
+def split_of(problem: Problem, config: Config, ctas: int) -> int:
+    """Into how many parts the heads of a group are split so that small work has a block for every tile and part."""
+    group, kv_tiles = problem.heads // problem.kv_heads, tiles.cdiv(problem.kv_len, config.block_kv)
+    fitting = ctas // (problem.batch * problem.kv_heads * kv_tiles)
+    return max((n for n in range(1, fitting + 1) if group % n == 0), default=1)
+
+
 def config_for(problem: Problem) -> Config:
     return Config(split_columns=problem.head_dim > 128)
 
@@ -57,6 +64,7 @@ class Item:
     first: Array  # the block visited first
     direction: Any  # 1 or -1
     together: tuple[Array, Array]  # the units [0, 1) of the KV head that run in the same round
+    apart: Any  # whether the two tiles of a unit run at the same time
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,8 @@ class Plan:
 
     Under a causal mask, when dq is summed in order, the first tile of a unit visits its query blocks upwards from the
     diagonal and the second one downwards, so that no two tiles of a head are at the same block at the same time, and
-    all are in step. Without any mask tile n starts where its keys are and wraps around. In any order all tiles go the
+    all are in step. Where few units are left for the last round, each of their tiles has a block of its own, and all
+    go upwards. Without any mask tile n starts where its keys are and wraps around. In any order all tiles go the
     other way and meet at each block, which is then in the L2 cache. Windows and segments start on their diagonals.
     """
 
@@ -118,23 +127,36 @@ class Plan:
         return tiles.cdiv(self.kv_tiles, 2) if self.paired else self.kv_tiles
 
     @property
+    def halved(self) -> int:
+        """How many units the last round has if they are so few that each of their two tiles gets a block, else 0."""
+        left = self.pairs * self.units % self.ctas
+        return left if self.paired and 2 * left <= self.ctas else 0
+
+    @property
     def rounds(self) -> int:
         """Of items, half as many of units if those are two tiles."""
-        return tiles.cdiv(self.pairs * self.units, self.ctas) * (2 if self.paired else 1)
+        rounds = tiles.cdiv(self.pairs * self.units, self.ctas)
+        return 2 * rounds - (self.halved > 0) if self.paired else rounds
 
     def item(self, turn) -> Item:
-        problem, units = self.problem, self.units
+        problem, units, cta = self.problem, self.units, lax.axis_index("cta")
         which, half = divide(turn, 2) if self.paired else (turn, 0)
-        index = which * self.ctas + lax.axis_index("cta")
+        apart: Any = False
+        if self.halved:
+            apart = turn == self.rounds - 1
+            second = apart & (cta >= self.halved)
+            half, cta = jnp.where(second, 1, half), jnp.where(second, cta - self.halved, cta)
+        index = which * self.ctas + cta
         exists = index < self.pairs * units
         pair, unit = divide(jnp.where(exists, index, 0), units)
         start = which * self.ctas - pair * units
         together = jnp.maximum(start, 0), jnp.minimum(start + self.ctas, units)
         batch, kv_head = divide(pair, problem.kv_heads)
-        tile, direction = unit, 1 if self.ordered or not self.triangular else -1
+        tile, direction = unit, jnp.int32(1 if self.ordered or not self.triangular else -1)
         if self.paired:
             exists &= (half == 0) | (2 * unit < self.kv_tiles - 1)
-            tile, direction = jnp.where(half > 0, self.kv_tiles - 1 - unit, unit), direction * (1 - 2 * half)
+            tile = jnp.where(half > 0, self.kv_tiles - 1 - unit, unit)
+            direction = jnp.where(apart | (half == 0), direction, -direction)
         kv_start = tile * self.config.block_kv
         if self.segments is None:
             lo, hi = query_range(problem, self.config.block_q, kv_start, self.config.block_kv)
@@ -144,7 +166,7 @@ class Plan:
         if self.triangular:
             first = jnp.where(direction > 0, lo, hi - 1)
         blocks = jnp.where(exists, hi - lo, 0)
-        return Item(exists, batch, kv_head, tile, kv_start, lo, blocks, first, direction, together)
+        return Item(exists, batch, kv_head, tile, kv_start, lo, blocks, first, direction, together, apart)
 
     def each_step(self, item: Item, body, state=None):
         """state = body(i, j, g, state) for the head g of the group and the j-th block it visits; one that falls goes
@@ -236,9 +258,13 @@ class Plan:
         # A falling one comes before a rising one if their lo together are below this.
         margin = 2 * g * self.q_blocks + 2 * block + 1 - self.group * self.unit_time
         meets = jnp.minimum(lax.div(jnp.maximum(margin, 0) + g, g + 1) - low, block + 1)
+        if self.halved:
+            meets = jnp.where(item.apart, block + 1, meets)
         rising_turn = jnp.minimum(seen, end) - 1 - item.tile + count(meets, falling)
         falling_turn = item.tile - falling[0] + count(block + 1, item.together) - count(meets, item.together)
-        return before + jnp.where(item.direction < 0, falling_turn, rising_turn)
+        if self.halved:
+            falling_turn = jnp.where(item.apart, jnp.minimum(seen, falling[1]) - 1 - item.tile, falling_turn)
+        return before + jnp.where(item.tile >= self.units, falling_turn, rising_turn)
 
     @cached_property
     def unit_time(self) -> int:

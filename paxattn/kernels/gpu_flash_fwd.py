@@ -41,8 +41,10 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
     items = problem.batch * problem.heads * q_tiles
     ctas = min(num_sms, items)
     body = partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None)
-    call = hopper.kernel(body, ctas, config.warpgroups, _scratch(problem, config, q.dtype), out_type)
-    return hopper.apart(call)(q, k, v, *extra)
+    scratch, dealt = _scratch(problem, config, q.dtype), Plan(problem, config, ctas, bounds).dealt
+    call = hopper.kernel(body, ctas, config.warpgroups, scratch | ({} if dealt else _mailbox(config)), out_type)
+    run = call if dealt else lambda *inputs: call(*inputs, jax.new_ref(jnp.zeros(1, jnp.int32)))
+    return hopper.apart(run)(q, k, v, *extra)
 
 
 def _scratch(problem: Problem, config: Config, dtype) -> dict:
@@ -61,11 +63,22 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
     )
 
 
+def _mailbox(config: Config) -> dict:
+    """For the items that the producer takes from the counter."""
+    return dict(taken=plgpu.SMEM((_ahead(config),), jnp.int32), taken_full=plgpu.Barrier(num_barriers=_ahead(config)))
+
+
+def _ahead(config: Config) -> int:
+    """Items that the producer may have taken before the consumers look at the first of them; each fills a slot."""
+    return config.stages + 2
+
+
 def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_segments: bool, *refs, **smem):
     q, k, v, *given, out, lse = refs
     optional = iter(given)
     sinks = next(optional) if has_sinks else None
     q_seg, kv_seg, bounds = (next(optional) if has_segments else None for _ in range(3))
+    counter = next(optional, None)
     wg = lax.axis_index("wg")
     plan = Plan(problem, config, ctas, bounds)
 
@@ -80,21 +93,28 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v))
+            pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v, counter))
 
 
-def produce(plan: Plan, smem: dict, q, k, v) -> None:
+def produce(plan: Plan, smem: dict, q, k, v, counter) -> None:
     """Load the queries of every item and stream its KV blocks, last block first."""
     problem, config = plan.problem, plan.config
     q_tile, k_tile, v_tile = smem["q"][0], smem["k"][0], smem["v"][0]
     threads = 128 * config.warpgroups + 32
 
-    items = plan.count()
+    def take(turn):
+        if plan.dealt:
+            return plan.index(turn)
+        index, slot = plan.ctas + hopper.fetch_add(counter, 1), lax.rem(turn, _ahead(config))
+        hopper.store_scalar(smem["taken"].at[slot], index)
+        plgpu.barrier_arrive(smem["taken_full"].at[slot])
+        return index
 
-    def one_item(turn, carry):
-        count, item = carry
+    def one_item(carry):
+        turn, count, _, item = carry
         # Looked up while this one's blocks wait for their slots.
-        following = plan.item(jnp.minimum(turn + 1, items - 1))
+        index = take(turn + 1)
+        following = plan.item(index)
         kv_head = lax.div(item.head, problem.heads // problem.kv_heads)
 
         def load_queries():
@@ -114,9 +134,11 @@ def produce(plan: Plan, smem: dict, q, k, v) -> None:
             hopper.load_tile(v.at[item.batch, :, kv_head], start, v_tile.at[slot], smem["v_full"].at[slot])
 
         lax.fori_loop(0, item.blocks, one_block, None)
-        return count + item.blocks, following
+        return turn + 1, count + item.blocks, index, following
 
-    lax.fori_loop(0, items, one_item, (jnp.int32(0), plan.item(jnp.int32(0))))
+    index = plan.index(jnp.int32(0))
+    start = jnp.int32(0), jnp.int32(0), index, plan.item(index)
+    lax.while_loop(lambda carry: carry[2] < plan.items, one_item, start)
 
 
 def k_free(config: Config, slot):
@@ -143,21 +165,32 @@ class Consumer:
 
     def run(self, plan: Plan) -> None:
         pl.when(self.wg == self.config.warpgroups - 1)(lambda: hopper.bar_arrive(hopper.FIRST_BARRIER, 256))
-        items = plan.count()
 
-        def one_item(turn, carry):
-            count, *state = carry
-            item = plan.item(turn)
+        def one_item(carry):
+            turn, index, count, *state = carry
+            item = plan.item(index)
             state = self.steps(item, count, tuple(state))
             count += item.blocks
-            more = turn + 1 < items
+            index = self.taken(plan, turn + 1)
             state = lax.cond(
-                more, lambda: self.join(item, plan.item(turn + 1), count, state), lambda: self.end(item, count, state)
+                index < plan.items,
+                lambda: self.join(item, plan.item(index), count, state),
+                lambda: self.end(item, count, state),
             )
-            return count, *state
+            return turn + 1, index, count, *state
 
-        lax.fori_loop(0, items, one_item, (jnp.int32(0), *self.start(plan.item(jnp.int32(0)))))
+        index = plan.index(jnp.int32(0))
+        start = jnp.int32(0), index, jnp.int32(0), *self.start(plan.item(index))
+        lax.while_loop(lambda carry: carry[1] < plan.items, one_item, start)
         plgpu.wait_smem_to_gmem(0)
+
+    def taken(self, plan: Plan, turn):
+        """What the producer has taken as number `turn`."""
+        if plan.dealt:
+            return plan.index(turn)
+        slot = lax.rem(turn, _ahead(self.config))
+        plgpu.barrier_wait(self.smem["taken_full"].at[slot])
+        return self.smem["taken"][slot]
 
     def steps(self, item: Item, count, state):
         """All blocks but the first: those on the right edge under a mask, the open ones, those on the left edge."""

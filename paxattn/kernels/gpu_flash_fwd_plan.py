@@ -88,42 +88,58 @@ class Plan:
     def items(self) -> int:
         return self.problem.batch * self.problem.heads * self.q_tiles
 
-    def count(self) -> Array:
-        """How many items this block takes; at least one."""
-        rounds = tiles.cdiv(self.items, self.ctas)
-        return jnp.where(self._index(rounds - 1) < self.items, rounds, rounds - 1)
+    @property
+    def dealt(self) -> bool:
+        """Whether blocks take items in a fixed order; with segments, as soon as they are ready for one."""
+        return self.bounds is None or self.items <= self.ctas
 
-    def _index(self, turn):
+    def index(self, turn):
+        """The item that this block works on as number `turn`, none if it is no less than `items`; to and fro."""
         cta = lax.axis_index("cta")
         return turn * self.ctas + jnp.where(turn % 2 == 0, cta, self.ctas - 1 - cta)
 
-    def item(self, turn: Array) -> Item:
+    def item(self, index) -> Item:
+        index = jnp.minimum(index, self.items - 1)
+        return self._dense_item(index) if self.bounds is None else self._packed_item(index)
+
+    def _dense_item(self, index) -> Item:
         problem, q_tiles = self.problem, self.q_tiles
         pairs = problem.batch * problem.heads
-        section = section_size(problem, self.config, self.ctas, self.bounds is not None)
-        which, rest = divide(self._index(turn), section * q_tiles)
+        section = section_size(problem, self.config, self.ctas)
+        which, rest = divide(index, section * q_tiles)
         rank, pair = divide(rest, jnp.minimum(section, pairs - which * section))
         batch, head = divide(which * section + pair, problem.heads)
         rising = (tiles.cdiv(pairs, section) - 1 - which) % 2 == 1
         rank = jnp.where(rising, q_tiles - 1 - rank, rank)
-        if self.bounds is None:
-            tile = q_tiles - 1 - rank if problem.right is not None else rank
-            lo, hi = block_range(problem, self.config.block_kv, tile * self.config.block_q, self.config.block_q)
-        else:
-            tile, lo, hi, *run = (self.bounds[batch, rank, i] for i in range(6))
-            return Item(batch, head, tile * self.config.block_q, lo, hi - lo, tuple(run))
-        return Item(batch, head, tile * self.config.block_q, lo, hi - lo, None)
+        tile = q_tiles - 1 - rank if problem.right is not None else rank
+        q_start = tile * self.config.block_q
+        lo, hi = block_range(problem, self.config.block_kv, q_start, self.config.block_q)
+        return Item(batch, head, q_start, lo, hi - lo, None)
+
+    def _packed_item(self, index) -> Item:
+        """Head after head the tiles as they lie, which share keys; of the last few heads the longest items first."""
+        problem, q_tiles = self.problem, self.q_tiles
+        pairs = problem.batch * problem.heads
+        last = min(pairs, tiles.cdiv(3 * self.ctas, q_tiles))
+        in_order = (pairs - last) * q_tiles
+        pair, rank = divide(index, q_tiles)
+        late_rank, late_pair = divide(jnp.maximum(index - in_order, 0), last)
+        late = index >= in_order
+        batch, head = divide(jnp.where(late, pairs - last + late_pair, pair), problem.heads)
+        tile = jnp.where(late, self.bounds[batch, jnp.where(late, late_rank, 0), 5], q_tiles - 1 - rank)
+        lo, hi, *run = (self.bounds[batch, tile, i] for i in range(5))
+        return Item(batch, head, tile * self.config.block_q, lo, hi - lo, tuple(run))
 
 
 @lru_cache
-def section_size(problem: Problem, config: Config, ctas: int, has_segments: bool) -> int:
+def section_size(problem: Problem, config: Config, ctas: int) -> int:
     """How many query heads a section has: the largest size that leaves the busiest block least to do.
 
     Where at least eight blocks work on a head, they share what they load as it comes, and the cache may be overrun.
     """
     group, kv_pairs = problem.heads // problem.kv_heads, problem.batch * problem.kv_heads
     sharing = max(1, ctas // (8 * group))
-    if problem.left is not None or has_segments:
+    if problem.left is not None:
         return group * min(kv_pairs, sharing)
     if problem.right is None:
         return group
@@ -170,17 +186,13 @@ def open_range(problem: Problem, block_kv: int, q_start, rows: int):
 
 
 def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> Array:
-    """int32 [B,tiles,6], in the order of work, longest first: a query tile, the KV blocks [1, 2) that it visits, the
-    keys [3, 4) that it may see, and whether not every query of it sees all of them but for causality and windows.
-
-    XLA fuses the comparisons into the reductions: nothing of the size of tiles x keys is in memory.
-    """
+    """int32 [B,tiles,6], of each query tile: the KV blocks [0, 1) that it visits, the keys [2, 3) that it may see,
+    whether not every query of it sees all of them but for causality and windows, and the tile that has its rank in
+    the order of work, longest first."""
     block_kv, low, high = config.block_kv, *extremes(q_seg, config.block_q)
-    tile = jnp.broadcast_to(jnp.arange(low.shape[1]), low.shape)
-    lo, hi = block_range(problem, block_kv, tile[0] * config.block_q, config.block_q)
+    lo, hi = block_range(problem, block_kv, jnp.arange(low.shape[1]) * config.block_q, config.block_q)
     first, end, mixed = run_of(low, high, kv_seg[:, : problem.kv_len], lo * block_kv, hi * block_kv)
     lo = jnp.minimum(first, problem.kv_len - 1) // block_kv
     hi = jnp.maximum(-(-end // block_kv), lo + 1)
     order = jnp.argsort(lo - hi, axis=1, stable=True)
-    bounds = jnp.stack([tile, lo, hi, first, end, mixed], axis=2).astype(jnp.int32)
-    return jnp.take_along_axis(bounds, order[:, :, None], axis=1)
+    return jnp.stack([lo, hi, first, end, mixed, order], axis=2).astype(jnp.int32)

@@ -191,6 +191,35 @@ def set_count(counter: Any, count: Any) -> None:
     _with_counter(counter, count, "st.release.gpu.global.b32 [$0], $1;")
 
 
+def fetch_add(counter: Any, amount: int) -> Array:
+    """Add to the int32 in global memory, once for this warp -> what it was."""
+    text = (
+        "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
+        f"@p atom.global.add.u32 $0, [$1], {amount}; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }}"
+    )
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+    )
+    def issue(_, counter):
+        i32 = ir.IntegerType.get_signless(32)
+        value = llvm.inline_asm(i32, [mgpu.utils.memref_ptr(counter)], text, "=&r,l", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return issue(counter)
+
+
+def store_scalar(target: Any, value: Array) -> None:
+    """Store an int32 in shared memory from every lane of a warp."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def issue(_, target, value):
+        operands = [mgpu.utils.memref_ptr(target), value.registers[()]]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, "st.shared.b32 [$0], $1;", "r,r", has_side_effects=True)
+
+    issue(target, jnp.asarray(value, jnp.int32))
+
+
 def _with_counter(counter: Any, count: Any, text: str) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def issue(_, counter, count):
