@@ -64,7 +64,6 @@ class Item:
     first: Array  # the block visited first
     direction: Any  # 1 or -1
     together: tuple[Array, Array]  # the units [0, 1) of the KV head that run in the same round
-    apart: Any  # whether the two tiles of a unit run at the same time
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,13 @@ class Plan:
     """Which items a block takes.
 
     A unit of work is a tile or, where tiles differ in work by a causal mask, the n-th together with the n-th last:
-    units then take equally long. They follow each other densely, KV head after KV head, `ctas` in a round.
+    units then take equally long. Of an odd number of tiles the last, which few queries see, is the first unit's, too.
+    Units follow each other densely, KV head after KV head, `ctas` in a round.
 
     Under a causal mask, when dq is summed in order, the first tile of a unit visits its query blocks upwards from the
     diagonal and the second one downwards, so that no two tiles of a head are at the same block at the same time, and
-    all are in step. Where few units are left for the last round, each of their tiles has a block of its own, and all
-    go upwards. Without any mask tile n starts where its keys are and wraps around. In any order all tiles go the
-    other way and meet at each block, which is then in the L2 cache. Windows and segments start on their diagonals.
+    all are in step. In any order all go the other way and meet at each block, which is then in the L2 cache. Without
+    any mask tile n starts where its keys are and wraps around. Windows and segments start on their diagonals.
     """
 
     problem: Problem
@@ -110,7 +109,7 @@ class Plan:
 
     @property
     def rotates(self) -> bool:
-        return self.ordered and self.problem.right is None and not self.banded
+        return self.problem.right is None and not self.banded
 
     @property
     def triangular(self) -> bool:
@@ -119,34 +118,31 @@ class Plan:
     @property
     def paired(self) -> bool:
         """Whether a unit is two tiles; not where there is a block for every tile."""
-        return self.triangular and self.pairs * self.kv_tiles > self.ctas
+        return self.triangular and self.kv_tiles > 1 and self.pairs * self.kv_tiles > self.ctas
+
+    @property
+    def single(self) -> bool:
+        """Whether there is a last tile that has none to be paired with."""
+        return self.paired and self.kv_tiles % 2 == 1
 
     @property
     def units(self) -> int:
         """Of one KV head."""
-        return tiles.cdiv(self.kv_tiles, 2) if self.paired else self.kv_tiles
+        return self.kv_tiles // 2 if self.paired else self.kv_tiles
 
     @property
-    def halved(self) -> int:
-        """How many units the last round has if they are so few that each of their two tiles gets a block, else 0."""
-        left = self.pairs * self.units % self.ctas
-        return left if self.paired and 2 * left <= self.ctas else 0
+    def turns_of_unit(self) -> int:
+        return 2 + self.single if self.paired else 1
 
     @property
     def rounds(self) -> int:
-        """Of items, half as many of units if those are two tiles."""
-        rounds = tiles.cdiv(self.pairs * self.units, self.ctas)
-        return 2 * rounds - (self.halved > 0) if self.paired else rounds
+        """Of items, two or three times as many as of units where those are so many tiles."""
+        return tiles.cdiv(self.pairs * self.units, self.ctas) * self.turns_of_unit
 
     def item(self, turn) -> Item:
-        problem, units, cta = self.problem, self.units, lax.axis_index("cta")
-        which, half = divide(turn, 2) if self.paired else (turn, 0)
-        apart: Any = False
-        if self.halved:
-            apart = turn == self.rounds - 1
-            second = apart & (cta >= self.halved)
-            half, cta = jnp.where(second, 1, half), jnp.where(second, cta - self.halved, cta)
-        index = which * self.ctas + cta
+        problem, units = self.problem, self.units
+        which, part = divide(turn, self.turns_of_unit) if self.paired else (turn, 0)
+        index = which * self.ctas + lax.axis_index("cta")
         exists = index < self.pairs * units
         pair, unit = divide(jnp.where(exists, index, 0), units)
         start = which * self.ctas - pair * units
@@ -154,9 +150,13 @@ class Plan:
         batch, kv_head = divide(pair, problem.kv_heads)
         tile, direction = unit, jnp.int32(1 if self.ordered or not self.triangular else -1)
         if self.paired:
-            exists &= (half == 0) | (2 * unit < self.kv_tiles - 1)
-            tile = jnp.where(half > 0, self.kv_tiles - 1 - unit, unit)
-            direction = jnp.where(apart | (half == 0), direction, -direction)
+            second = part == self.turns_of_unit - 1 if self.ordered else part == 1
+            tile, direction = jnp.where(second, 2 * units - 1 - unit, unit), jnp.where(second, -direction, direction)
+        if self.single:
+            # First where dq has an order, and then first in that; last where it waits for the first tile, which is
+            # of the same unit.
+            single = part == (0 if self.ordered else 2)
+            exists, tile = exists & (~single | (unit == 0)), jnp.where(single, self.kv_tiles - 1, tile)
         kv_start = tile * self.config.block_kv
         if self.segments is None:
             lo, hi = query_range(problem, self.config.block_q, kv_start, self.config.block_kv)
@@ -166,7 +166,7 @@ class Plan:
         if self.triangular:
             first = jnp.where(direction > 0, lo, hi - 1)
         blocks = jnp.where(exists, hi - lo, 0)
-        return Item(exists, batch, kv_head, tile, kv_start, lo, blocks, first, direction, together, apart)
+        return Item(exists, batch, kv_head, tile, kv_start, lo, blocks, first, direction, together)
 
     def each_step(self, item: Item, body, state=None):
         """state = body(i, j, g, state) for the head g of the group and the j-th block it visits; one that falls goes
@@ -195,7 +195,7 @@ class Plan:
     def takes_turns(self) -> bool:
         """In any order all tiles but the first wait for that one, so that it stores instead of adding to zeros; not
         where the first one is another tile for every block, nor where shorter tiles would be heads ahead of it."""
-        return self.ordered or (self.covers() and not self.banded and self.group == 1)
+        return self.ordered or (self.covers() and self.triangular and self.group == 1)
 
     def turn(self, item: Item, g, block):
         """How many tiles must have added to the block's dq of head g before this one; 0 is one tile's alone."""
@@ -243,7 +243,7 @@ class Plan:
 
     def turn_of_pairs(self, item: Item, g, block):
         """The tiles of earlier rounds, then those of this one by the time at which they come, were all in step."""
-        seen, low, n = self.tiles_from(block), item.lo, self.kv_tiles
+        seen, low, n = self.tiles_from(block), item.lo, 2 * self.units
         if not self.paired:
             return seen - 1 - item.tile
         start, end = item.together
@@ -258,18 +258,15 @@ class Plan:
         # A falling one comes before a rising one if their lo together are below this.
         margin = 2 * g * self.q_blocks + 2 * block + 1 - self.group * self.unit_time
         meets = jnp.minimum(lax.div(jnp.maximum(margin, 0) + g, g + 1) - low, block + 1)
-        if self.halved:
-            meets = jnp.where(item.apart, block + 1, meets)
         rising_turn = jnp.minimum(seen, end) - 1 - item.tile + count(meets, falling)
         falling_turn = item.tile - falling[0] + count(block + 1, item.together) - count(meets, item.together)
-        if self.halved:
-            falling_turn = jnp.where(item.apart, jnp.minimum(seen, falling[1]) - 1 - item.tile, falling_turn)
-        return before + jnp.where(item.tile >= self.units, falling_turn, rising_turn)
+        turn = before + jnp.where(item.direction < 0, falling_turn, rising_turn)
+        return jnp.where(item.tile == n, 0, turn) if self.single else turn
 
     @cached_property
     def unit_time(self) -> int:
         """Visits of one head from the begin of a unit to its end, of the longest unit."""
-        n, config, problem = self.kv_tiles, self.config, self.problem
+        n, config, problem = 2 * self.units, self.config, self.problem
         ahead = problem.offset + (problem.right or 0)
         firsts = ((t * config.block_kv - ahead) // config.block_q for t in range(n))
         starts = [min(max(first, 0), self.q_blocks) for first in firsts]
