@@ -190,9 +190,9 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
     whether not every query of it sees all of them but for causality and windows, and the tile that has its rank in
     the order of work, longest first."""
     block_kv, low, high = config.block_kv, *extremes(q_seg, config.block_q)
-    lo, hi = block_range(problem, block_kv, jnp.arange(low.shape[1]) * config.block_q, config.block_q)
+    lo, hi = block_range(problem, block_kv, jnp.arange(low.shape[1], dtype=jnp.int32) * config.block_q, config.block_q)
     first, end, mixed = run_of(low, high, kv_seg[:, : problem.kv_len], lo * block_kv, hi * block_kv)
     lo = jnp.minimum(first, problem.kv_len - 1) // block_kv
     hi = jnp.maximum(-(-end // block_kv), lo + 1)
     order = jnp.argsort(lo - hi, axis=1, stable=True)
-    return jnp.stack([lo, hi, first, end, mixed, order], axis=2).astype(jnp.int32)
+    return jnp.stack([x.astype(jnp.int32) for x in (lo, hi, first, end, mixed, order)], axis=2)
