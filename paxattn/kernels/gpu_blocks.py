@@ -76,13 +76,13 @@ def may_meet(low: Array, high: Array, other_low: Array, other_high: Array) -> Ar
 
 def in_range(lo: Array, hi: Array, size: int) -> Array:
     """[n] -> [1,n,size], whether an index is in [lo, hi)."""
-    index = jnp.arange(size)[None, None]
+    index = jnp.arange(size, dtype=jnp.int32)[None, None]
     return (index >= lo[None, :, None]) & (index < hi[None, :, None])
 
 
 def span(marked: Array) -> tuple[Array, Array]:
     """[B,n,m] -> the smallest [lo, hi) that holds every mark; lo is m where there is none."""
-    index = jnp.arange(marked.shape[-1])[None, None]
+    index = jnp.arange(marked.shape[-1], dtype=jnp.int32)[None, None]
     return jnp.where(marked, index, marked.shape[-1]).min(axis=-1), jnp.where(marked, index + 1, 0).max(axis=-1)
 
 
