@@ -155,9 +155,7 @@ def indices(grid, plan):
     """What the blocks take in a fixed order, then what they take as they become ready."""
     for grid.cta in range(plan.ctas):
         taken = map(plan.index, map(np.int64, itertools.count() if plan.dealt else range(1)))
-        dealt = list(map(int, itertools.takewhile(lambda index: index < plan.items, taken)))
-        assert not plan.dealt or len(dealt) == plan.count()
-        yield from dealt
+        yield from map(int, itertools.takewhile(lambda index: index < plan.items, taken))
     if not plan.dealt:
         yield from range(plan.ctas, plan.items)
 
