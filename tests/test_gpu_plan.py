@@ -53,13 +53,6 @@ class Grid:
             state = body(i, state)
         return state
 
-    def reduce(self, operands, initial, computation, axes):
-        (axis,) = axes
-        state = tuple(np.broadcast_to(x, np.delete(operands[0].shape, axis)) for x in initial)
-        for i in range(operands[0].shape[axis]):
-            state = computation(state, [x.take(i, axis) for x in operands])
-        return state
-
     def cummax(self, x, axis):
         return np.maximum.accumulate(x, axis=axis)
 

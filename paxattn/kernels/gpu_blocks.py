@@ -76,13 +76,13 @@ def may_meet(low: Array, high: Array, other_low: Array, other_high: Array) -> Ar
 
 def in_range(lo: Array, hi: Array, size: int) -> Array:
     """[n] -> [1,n,size], whether an index is in [lo, hi)."""
-    index = jnp.arange(size, dtype=jnp.int32)[None, None]
+    index = jnp.arange(size)[None, None]
     return (index >= lo[None, :, None]) & (index < hi[None, :, None])
 
 
 def span(marked: Array) -> tuple[Array, Array]:
     """[B,n,m] -> the smallest [lo, hi) that holds every mark; lo is m where there is none."""
-    index = jnp.arange(marked.shape[-1], dtype=jnp.int32)[None, None]
+    index = jnp.arange(marked.shape[-1])[None, None]
     return jnp.where(marked, index, marked.shape[-1]).min(axis=-1), jnp.where(marked, index + 1, 0).max(axis=-1)
 
 
@@ -93,19 +93,19 @@ def same_segment(low: Array, high: Array, other_low: Array, other_high: Array) -
     return lo, jnp.where(one.sum(axis=-1) == hi - lo, hi, lo)
 
 
-def run_of(low: Array, high: Array, ids: Array, lo: Array, hi: Array) -> tuple[Array, Array, Array]:
-    """Of tiles whose ids are from low to high [B,n], what in [lo, hi) [n] of the other side's ids [B,S] they may meet.
+def run_of(low: Array, high: Array, ids: Array, size: int, lo: Array, hi: Array) -> tuple[Array, Array, Array]:
+    """Of tiles whose ids are from low to high [B,n], which of the other side's ids [B,S] they meet in blocks [lo, hi).
 
-    Returns the smallest [first, end) with all of it, and whether some of that is not of one segment with all the tile.
-    One reduction: nothing of the size of tiles x S is in memory.
+    Returns a range [first, end) with all of them, and whether it has others or not all of the tile meets them. Where
+    all is of one segment, only the first and the last block are looked into.
     """
-    size = ids.shape[1]
-    met = (ids[:, None] >= low[..., None]) & (ids[:, None] <= high[..., None]) & in_range(lo, hi, size)
-    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), met.shape)
-    of_each = jnp.where(met, index, size), jnp.where(met, index + 1, 0), met.astype(jnp.int32)
-    first, end, count = lax.reduce(of_each, (jnp.int32(size), jnp.int32(0), jnp.int32(0)), _extremes_and_sum, (2,))
-    return first, end, (low != high) | (count != end - first)
-
-
-def _extremes_and_sum(a, b):
-    return jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]), a[2] + b[2]
+    blocks, index = ids.reshape(ids.shape[0], -1, size), jnp.arange(size)[None, None]
+    at_lo, at_end = (jnp.take_along_axis(blocks, x[..., None], axis=1) == low[..., None] for x in (lo, hi - 1))
+    first = lo * size + jnp.where(at_lo, index, size).min(axis=-1)
+    end = (hi - 1) * size + jnp.where(at_end, index + 1, 0).max(axis=-1)
+    one_lo, one_hi = same_segment(low, high, *extremes(ids, size))
+    between = jnp.maximum(hi - lo - 2, 0)
+    same_between = (between == 0) | ((one_lo <= lo + 1) & (one_hi >= hi - 1))
+    found = at_lo.sum(axis=-1) + jnp.where(hi - lo > 1, at_end.sum(axis=-1), 0) + between * size
+    mixed = (low != high) | ~same_between | (found != end - first)
+    return jnp.where(mixed, lo * size, first), jnp.where(mixed, hi * size, end), mixed

@@ -38,7 +38,7 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
     inputs, segments = [q, k, v, do, stats], None
     if q_seg is not None:
         q_seg, kv_seg = pad_segments(q_seg, q_blocks * config.block_q), pad_segments(kv_seg, kv_tiles * config.block_kv)
-        segments = q_seg, kv_seg, *segment_bounds(problem, config, q_seg, kv_seg)
+        segments = q_seg, kv_seg, *hopper.apart(partial(segment_bounds, problem, config))(q_seg, kv_seg)
         inputs += segments
     split = split_of(problem, config, num_sms)
     problem = replace(problem, kv_heads=problem.kv_heads * split)

@@ -292,13 +292,11 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
     """
     q_low, q_high = extremes(q_seg, config.block_q)
     kv_low, kv_high = extremes(kv_seg, config.block_kv)
-    lo, hi = query_range(
-        problem, config.block_q, jnp.arange(kv_low.shape[1], dtype=jnp.int32) * config.block_kv, config.block_kv
-    )
+    lo, hi = query_range(problem, config.block_q, jnp.arange(kv_low.shape[1]) * config.block_kv, config.block_kv)
     lo, hi = span(may_meet(kv_low, kv_high, q_low, q_high) & in_range(lo, hi, q_low.shape[1]))
     hi = lax.cummax(hi, axis=1)
     lo = jnp.minimum(lax.cummin(lo, axis=1, reverse=True), hi)
     bounds = [lo, hi, *same_segment(kv_low, kv_high, q_low, q_high)]
-    block = jnp.arange(q_low.shape[1], dtype=jnp.int32)[None, None]
+    block = jnp.arange(q_low.shape[1])[None, None]
     band = [(x[:, :, None] <= block).sum(axis=1) for x in (hi, lo)]
     return jnp.stack(bounds, axis=1).astype(jnp.int32), jnp.stack(band, axis=1).astype(jnp.int32)

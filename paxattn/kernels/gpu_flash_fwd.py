@@ -36,7 +36,7 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
     if q_seg is not None:
         q_seg = pad_segments(q_seg, padded)
         kv_seg = pad_segments(kv_seg, tiles.cdiv(problem.kv_len, config.block_kv) * config.block_kv)
-        bounds = segment_bounds(problem, config, q_seg, kv_seg)
+        bounds = hopper.apart(partial(segment_bounds, problem, config))(q_seg, kv_seg)
     extra = [x for x in (sinks, q_seg, kv_seg, bounds) if x is not None]
     items = problem.batch * problem.heads * q_tiles
     ctas = min(num_sms, items)

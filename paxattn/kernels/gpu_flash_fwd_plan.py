@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from paxattn.kernels import tiles
-from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, run_of
+from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, run_of, span
 
 L2_BYTES = 16 * 2**20  # keys and values that stay in the L2 cache beside all that passes through it
 
@@ -70,7 +69,7 @@ class Item:
 class Plan:
     """Which items a block takes, in which order.
 
-    Heads that share KV run side by side, in sections whose K and V fit the L2 cache. In a section the tiles are in
+    With segments, `_packed_item` says which. Otherwise heads that share KV run side by side, in sections whose K and V fit the L2 cache. In a section the tiles are in
     the order of their work, longest first in the last section, shortest first in the one before it, and so on, and
     are dealt to the blocks to and fro: what the blocks get differs by little, and the last items are short.
     """
@@ -153,14 +152,16 @@ def section_size(problem: Problem, config: Config, ctas: int) -> int:
 def _busiest(problem: Problem, config: Config, ctas: int, section: int) -> int:
     """The most blocks of keys that a block of the grid visits under a causal mask, each item costing one more."""
     pairs, q_tiles = problem.batch * problem.heads, tiles.cdiv(problem.q_len, config.block_q)
-    end = (np.arange(q_tiles) + 1) * config.block_q + problem.offset + problem.right
-    work = 1 + np.clip(-(-end // config.block_kv), 1, tiles.cdiv(problem.kv_len, config.block_kv))
-    sizes = np.diff([*range(0, pairs, section), pairs])
-    runs = [np.repeat(work[:: 1 if back % 2 else -1], size) for back, size in enumerate(sizes[::-1])]
-    dealt = np.concatenate(runs[::-1])
-    rounds = np.resize(np.append(dealt, np.zeros(-len(dealt) % ctas, int)), (tiles.cdiv(len(dealt), ctas), ctas))
-    rounds[1::2] = rounds[1::2, ::-1]
-    return int(rounds.sum(axis=0).max())
+    kv_blocks = tiles.cdiv(problem.kv_len, config.block_kv)
+    ends = ((tile + 1) * config.block_q + problem.offset + problem.right for tile in range(q_tiles))
+    work = [1 + min(max(tiles.cdiv(end, config.block_kv), 1), kv_blocks) for end in ends]
+    dealt: list[int] = []
+    for start in range(0, pairs, section):
+        rising = (tiles.cdiv(pairs, section) - 1 - start // section) % 2 == 1
+        dealt += (x for x in (work if rising else work[::-1]) for _ in range(min(section, pairs - start)))
+    rounds = [dealt[i : i + ctas] for i in range(0, len(dealt), ctas)]
+    rounds[-1] += [0] * (ctas - len(rounds[-1]))
+    return max(map(sum, zip(*(one[:: 1 if i % 2 == 0 else -1] for i, one in enumerate(rounds)), strict=True)))
 
 
 def block_range(problem: Problem, block_kv: int, q_start, rows: int):
@@ -190,9 +191,12 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
     whether not every query of it sees all of them but for causality and windows, and the tile that has its rank in
     the order of work, longest first."""
     block_kv, low, high = config.block_kv, *extremes(q_seg, config.block_q)
-    lo, hi = block_range(problem, block_kv, jnp.arange(low.shape[1], dtype=jnp.int32) * config.block_q, config.block_q)
-    first, end, mixed = run_of(low, high, kv_seg[:, : problem.kv_len], lo * block_kv, hi * block_kv)
-    lo = jnp.minimum(first, problem.kv_len - 1) // block_kv
-    hi = jnp.maximum(-(-end // block_kv), lo + 1)
+    kv_low, kv_high = extremes(kv_seg, block_kv)
+    lo, hi = block_range(problem, block_kv, jnp.arange(low.shape[1]) * config.block_q, config.block_q)
+    lo, hi = span(may_meet(low, high, kv_low, kv_high) & in_range(lo, hi, kv_low.shape[1]))
+    lo = jnp.minimum(lo, kv_low.shape[1] - 1)
+    hi = jnp.maximum(hi, lo + 1)
+    first, end, mixed = run_of(low, high, kv_seg, block_kv, lo, hi)
     order = jnp.argsort(lo - hi, axis=1, stable=True)
-    return jnp.stack([x.astype(jnp.int32) for x in (lo, hi, first, end, mixed, order)], axis=2)
+    bounds = lo, hi, first, jnp.minimum(end, problem.kv_len), mixed, order
+    return jnp.stack([x.astype(jnp.int32) for x in bounds], axis=2)
