@@ -148,7 +148,9 @@ def indices(grid, plan):
     """What the blocks take in a fixed order, then what they take as they become ready."""
     for grid.cta in range(plan.ctas):
         taken = map(plan.index, map(np.int64, itertools.count() if plan.dealt else range(1)))
-        yield from map(int, itertools.takewhile(lambda index: index < plan.items, taken))
+        dealt = list(map(int, itertools.takewhile(lambda index: index < plan.items, taken)))
+        assert not plan.dealt or len(dealt) == plan.count()
+        yield from dealt
     if not plan.dealt:
         yield from range(plan.ctas, plan.items)
 

@@ -97,6 +97,11 @@ class Plan:
         cta = lax.axis_index("cta")
         return turn * self.ctas + jnp.where(turn % 2 == 0, cta, self.ctas - 1 - cta)
 
+    def count(self) -> Array:
+        """How many items this block is dealt; at least one."""
+        rounds = tiles.cdiv(self.items, self.ctas)
+        return jnp.where(self.index(rounds - 1) < self.items, rounds, rounds - 1)
+
     def item(self, index) -> Item:
         index = jnp.minimum(index, self.items - 1)
         return self._dense_item(index) if self.bounds is None else self._packed_item(index)
