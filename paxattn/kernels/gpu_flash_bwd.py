@@ -369,11 +369,10 @@ class Consumer:
         scores, values = (self.keys(k), q), (self.keys(v), do)
         s, *more = hopper.products_t(scores, values) if self.config.together else hopper.products_t(scores)
         s = hopper.wait(len(more), s)
-        p, slope = self.probabilities(s, self.statistic(0, slot, s.shape), item, block, is_open(block))
+        p, weights = self.probabilities(s, self.statistic(0, slot, s.shape), item, block, is_open(block))
         (dp,) = more or hopper.products_t(values)
         dp = hopper.wait(0, dp)
-        ds = p * (dp - self.statistic(1, slot, dp.shape))
-        ds = ds if slope is None else ds * slope
+        ds = weights * (dp - self.statistic(1, slot, dp.shape))
         dk, dv, p, ds = hopper.settle(dk, dv, p.astype(self.dk.dtype), ds.astype(self.dk.dtype))
         dv = hopper.accumulate(dv, p, self.columns(do))
         dk = hopper.accumulate(dk, ds, self.columns(q))
@@ -403,7 +402,7 @@ class Consumer:
         hopper.bar_sync(DS_EMPTY + 2 * self.which + slot, 2 * 128)
 
     def probabilities(self, s, lse, item: Item, block, open_block):
-        """P^T, and the slope of the cap where there is one."""
+        """P^T, and that times the slope of the cap; with a cap P^T is rounded, as both do not fit the registers."""
         problem, slope = self.problem, None
         if problem.shaped and problem.softcap is None:
             s = s * problem.scale
@@ -415,7 +414,9 @@ class Consumer:
             p = self.masked(p, item, block)
         elif self.edge_exists():
             p = lax.cond(open_block, lambda: p, lambda: self.masked(p, item, block))
-        return p, slope
+        if slope is None:
+            return p, p
+        return p.astype(self.dk.dtype), p * slope
 
     def statistic(self, which: int, slot, shape) -> Array:
         values = plgpu.load(self.smem["stats"].at[slot, which], layout=COL, optimized=False)
