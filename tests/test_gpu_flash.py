@@ -331,6 +331,7 @@ LINEAR = {
     "causal": dict(causal=True),
     "causal_any_order": dict(causal=True, deterministic=False),
     "window_softcap": dict(causal=True, window=1000, softcap=20.0),
+    "segments": dict(causal=True, segments=True),
 }
 
 
@@ -338,15 +339,19 @@ LINEAR = {
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_memory_is_linear_in_length(direction, d, options):
+    options = dict(options)
+    segments = options.pop("segments", False)
     op = partial(flash_attention, implementation=GPU, **options)
-    run = jax.jit(op if direction == "forward" else partial(everything, lambda **x: op(**x, return_lse=True)))
+    both = partial(everything, lambda **x: op(**x, return_lse=True))
+    run = jax.jit((lambda moving, fixed, _: op(**moving, **fixed)) if direction == "forward" else both)
 
     def temporary(length):
         # Odd, and T and S apart: what is padded or copied counts.
         q, k = (jax.ShapeDtypeStruct((1, n, h, d), jnp.bfloat16) for n, h in ((length - 1, 4), (length - 3, 2)))
         out, lse = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, (1, 4, length - 1)))
-        args = (q, k, k) if direction == "forward" else (dict(q=q, k=k, v=k), {}, (out, lse))
-        compiled = run.lower(*args).compile()
+        ids = {name: jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) for name, x in (("q", q), ("kv", k))}
+        fixed = {f"{name}_segment_ids": x for name, x in ids.items() if segments}
+        compiled = run.lower(dict(q=q, k=k, v=k), fixed, (out, lse)).compile()
         check_no_scores(compiled.as_text(), length)
         return compiled.memory_analysis().temp_size_in_bytes
 

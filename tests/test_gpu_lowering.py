@@ -177,12 +177,23 @@ def test_lowers_under_shard_map_over_batch_and_heads():
     assert "custom_call @mosaic_gpu" in module_for_cuda(jax.grad(loss, argnums=(0, 1, 2, 3)), x, x, x, sinks, ids)
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.usefixtures("on_hopper")
-def test_lowers_where_the_user_has_64_bits():
+def test_lowers_where_the_user_has_64_bits_and_strict_promotion(segments):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        x, ids = jax.ShapeDtypeStruct((1, 160, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 160), jnp.int32)
+
+        def loss(q, k, v, ids):
+            given = dict(q_segment_ids=ids, kv_segment_ids=ids) if segments else {}
+            return flash_attention(q, k, v, causal=True, implementation=GPU, **given).astype(jnp.float32).sum()
+
+        assert "custom_call @mosaic_gpu" in module_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), x, x, x, ids)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_64_bit_segment_ids_are_declined_by_name():
     with jax.enable_x64(True):
         x = jax.ShapeDtypeStruct((1, 160, 2, 64), jnp.bfloat16)
-        loss = lambda q, k, v: flash_attention(q, k, v, causal=True, implementation=GPU).astype(jnp.float32).sum()
-        assert "custom_call @mosaic_gpu" in module_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), x, x, x)
         ids = jnp.zeros((1, 160), jnp.int64)
         with pytest.raises(NotImplementedError, match="q_segment_ids of int64"):
             jax.eval_shape(

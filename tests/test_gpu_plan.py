@@ -130,7 +130,7 @@ def test_the_forward_visits_what_is_visible_once(grid, rng):
         bounds = None
         if segments is not None:
             q_seg, kv_seg = padded(segments[0], config.block_q), padded(segments[1], config.block_kv)
-            bounds = gpu_flash_fwd_plan.segment_bounds(problem, config, q_seg, kv_seg)
+            bounds, _ = gpu_flash_fwd_plan.segment_bounds(problem, config, q_seg, kv_seg)
         tiles = -(-problem.q_len // config.block_q)
         ctas = min(int(rng.choice([1, 3, 7, 132])), problem.batch * problem.heads * tiles)
         plan = gpu_flash_fwd_plan.Plan(problem, config, ctas, bounds)
@@ -167,7 +167,7 @@ def check_forward_item(problem, config, segments, item):
     columns = np.flatnonzero(seen[item.q_start : item.q_start + config.block_q].any(axis=0)) // config.block_kv
     assert not columns.size or (lo <= columns[0] and columns[-1] < end)
     for which in range(config.warpgroups):
-        consumer = ForwardConsumer(problem, config, which, {}, None, segments, None, None, None)
+        consumer = ForwardConsumer(problem, config, which, {}, None, segments, None, None)
         steps = [(0, consumer.right_edge_exists()), *consumer.steps(item, 0, ())]
         assert [j for j, _ in steps] == list(range(end - lo))
         start = int(item.q_start) + which * ROWS
@@ -199,7 +199,8 @@ def test_the_blocks_of_a_packed_forward_have_equally_much_to_do(rng, documents):
     problem = Problem(1, length, length, heads, heads, 128, 128, None, 0, 1.0, None)
     ids = np.sort(rng.integers(0, documents, (1, length)), axis=1)
     config = gpu_flash_fwd_plan.config_for(problem)
-    plan = gpu_flash_fwd_plan.Plan(problem, config, ctas, gpu_flash_fwd_plan.segment_bounds(problem, config, ids, ids))
+    bounds, _ = gpu_flash_fwd_plan.segment_bounds(problem, config, ids, ids)
+    plan = gpu_flash_fwd_plan.Plan(problem, config, ctas, bounds)
     work = np.zeros(ctas)
     for index in range(plan.items):
         work[work.argmin()] += plan.item(np.int64(index)).blocks + 1
@@ -242,17 +243,23 @@ def test_the_backward_visits_what_is_visible_once_and_in_turns_that_come(grid, r
         tiles = -(-problem.kv_len // config.block_kv)
         ctas = min(int(rng.choice([1, 3, 7, 132])), problem.batch * problem.kv_heads * tiles)
         plan = gpu_flash_bwd_plan.Plan(problem, config, ctas, found, bool(rng.integers(2)))
-        work = []
-        for grid.cta in range(ctas):
-            items = [item for turn in range(plan.rounds) if (item := plan.item(np.int64(turn))).exists]
-            for item in items:
-                if item.kv_head == 0:
-                    check_backward_item(plan, segments, item)
-            work.append(items)
+        work = dealt_or_taken(grid, plan)
+        for item in (item for items in work for item in items if item.kv_head == 0):
+            check_backward_item(plan, segments, item)
         places = [(int(i.batch), int(i.kv_head), int(i.tile)) for items in work for i in items]
         assert sorted(places) == sorted(set(places))
         assert len(places) == problem.batch * problem.kv_heads * tiles
         check_turns(plan, work, rng)
+
+
+def dealt_or_taken(grid, plan):
+    """The items of each block, in their order; where blocks take them, one for each in the order of taking."""
+    if not plan.dealt:
+        return [[plan.item_taken(np.int64(index))] for index in range(plan.items)]
+    work = []
+    for grid.cta in range(plan.ctas):
+        work.append([item for turn in range(plan.rounds) if (item := plan.item(np.int64(turn))).exists])
+    return work
 
 
 def check_backward_item(plan, segments, item):
@@ -291,11 +298,18 @@ def check_turns(plan, work, rng):
     while any(waiting):
         moved = False
         for cta in rng.permutation(len(waiting)):
-            if waiting[cta] and done[waiting[cta][0][:4]] == waiting[cta][0][4]:
+            if not waiting[cta] or not (plan.dealt or cta in running(waiting, plan)):
+                continue
+            if done[waiting[cta][0][:4]] == waiting[cta][0][4]:
                 turn = waiting[cta].pop(0)
                 done[turn[:4]] += int(plan.counts(turn[4]))
                 moved = True
         assert moved, "no block's turn comes"
+
+
+def running(waiting, plan):
+    """The items that are being worked on where no more than the grid's blocks of them are taken, in order."""
+    return [i for i, steps in enumerate(waiting) if steps][: plan.ctas]
 
 
 def visits(plan, item):

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paxattn.kernels import hopper, tiles
+from paxattn.kernels import gpu_queue, hopper, tiles
 from paxattn.kernels.gpu_blocks import ROWS, Problem, iota, load_segments, pad_segments
 from paxattn.kernels.gpu_flash_bwd_plan import WARPGROUPS, Config, Item, Plan, segment_bounds, split_of
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
@@ -38,13 +38,14 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
     inputs, segments = [q, k, v, do, stats], None
     if q_seg is not None:
         q_seg, kv_seg = pad_segments(q_seg, q_blocks * config.block_q), pad_segments(kv_seg, kv_tiles * config.block_kv)
-        segments = q_seg, kv_seg, *hopper.apart(partial(segment_bounds, problem, config))(q_seg, kv_seg)
+        segments = q_seg, kv_seg, *segment_bounds(problem, config, q_seg, kv_seg)
         inputs += segments
     split = split_of(problem, config, num_sms)
     problem = replace(problem, kv_heads=problem.kv_heads * split)
     ctas = min(num_sms, problem.batch * problem.kv_heads * kv_tiles)
     plan = Plan(problem, config, ctas, segments, deterministic)
-    call = hopper.kernel(partial(_kernel, plan), ctas, WARPGROUPS + 1, _scratch(problem, config, q.dtype))
+    scratch = _scratch(problem, config, q.dtype) | ({} if plan.dealt else gpu_queue.scratch(WARPGROUPS + 3))
+    call = hopper.kernel(partial(_kernel, plan), ctas, WARPGROUPS + 1, scratch)
 
     def run(*inputs):
         sums = lax.empty if plan.takes_turns and plan.covers() else jnp.zeros
@@ -52,6 +53,8 @@ def backward(problem: Problem, config: Config, num_sms: int, deterministic: bool
         results = [*parts, sums(q.shape, jnp.float32)]
         if plan.takes_turns:
             results.append(jnp.zeros((problem.batch, problem.heads, q_blocks, 2), jnp.int32))
+        if not plan.dealt:
+            results.append(jnp.zeros(1, jnp.int32))
         return pl.run_state(lambda refs: call(*inputs, *refs))(tuple(results))
 
     # In a scan XLA would have the kernel write to a slice of a larger array, and loses what it wrote in place.
@@ -95,7 +98,8 @@ def _kernel(plan: Plan, *refs, **smem):
     q, k, v, do, stats, *rest = refs
     if plan.segments is not None:
         plan, rest = replace(plan, segments=tuple(rest[:4])), rest[4:]
-    dk, dv, dq, *turns = rest
+    dk, dv, dq, *rest = rest
+    turns, counter = rest.pop(0) if plan.takes_turns else None, None if plan.dealt else rest.pop()
     wg = lax.axis_index("wg")
 
     def consume(which):
@@ -117,19 +121,37 @@ def _kernel(plan: Plan, *refs, **smem):
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v, do, stats))
+            pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v, do, stats, counter))
             for which in range(2):
-                pl.when(warp == 1 + which)(partial(write_dq, plan, which, smem, dq, *turns))
+                pl.when(warp == 1 + which)(partial(write_dq, plan, which, smem, dq, turns))
 
 
-def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
+def each_item(plan: Plan, smem: dict, body, state=None, counter=None):
+    """state = body(item, state) for every item of this block. With a counter, this warp takes them for the others."""
+    if plan.dealt:
+        # Of unknown number: were the compiler to know that every item exists, it would hold too much in registers, and
+        # ptxas would let no products overlap.
+        rounds = plan.rounds + hopper.zero()
+        return lax.fori_loop(0, rounds, lambda turn, state: body(plan.item(turn), state), state)
+
+    def one_item(carry):
+        turn, index, state = carry
+        state = body(plan.item_taken(index + hopper.zero()), state)
+        if counter is None:
+            return turn + 1, gpu_queue.read(smem, turn + 1), state
+        return turn + 1, gpu_queue.take(smem, turn + 1, plan.ctas, counter), state
+
+    start = jnp.int32(0), lax.axis_index("cta"), state
+    return lax.while_loop(lambda carry: carry[1] < plan.items, one_item, start)[2]
+
+
+def produce(plan: Plan, smem: dict, q, k, v, do, stats, counter) -> None:
     """Load the keys and values of every item and stream its query blocks."""
     config = plan.config
     split = plan.problem.kv_heads // k.shape[2]
 
-    def one_item(turn, carry):
+    def one_item(item: Item, carry):
         count, loaded = carry
-        item = plan.item(turn)
 
         def load_kv():
             pl.when(loaded > 0)(lambda: plgpu.barrier_wait(smem["kv_free"]))
@@ -152,7 +174,7 @@ def produce(plan: Plan, smem: dict, q, k, v, do, stats) -> None:
         plan.each_step(item, one_step)
         return count + plan.group * item.blocks, loaded + jnp.where(item.exists, 1, 0)
 
-    lax.fori_loop(0, plan.rounds, one_item, (jnp.int32(0), jnp.int32(0)))
+    each_item(plan, smem, one_item, (jnp.int32(0), jnp.int32(0)), counter)
 
 
 def compute_dq(plan: Plan, smem: dict) -> None:
@@ -177,13 +199,12 @@ def compute_dq(plan: Plan, smem: dict) -> None:
             else:
                 _hand_over(smem, slot if parts == 1 else part, dq)
 
-    def one_item(turn, _):
-        item = plan.item(turn)
+    def one_item(item: Item, _):
         pl.when(item.exists)(lambda: plgpu.barrier_wait(smem["k_full"]))
         lax.fori_loop(0, item.blocks * plan.group, one_step, None)
         pl.when(item.exists)(lambda: plgpu.barrier_arrive(smem["kv_free"]))
 
-    lax.fori_loop(0, plan.rounds, one_item, None)
+    each_item(plan, smem, one_item)
 
 
 def _dq_parts(plan: Plan) -> int:
@@ -200,7 +221,7 @@ def _hand_over(smem: dict, writer: Any, dq) -> None:
     hopper.bar_arrive(DQ_FULL + writer, WITH_WRITER)
 
 
-def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
+def write_dq(plan: Plan, which: int, smem: dict, dq, turns) -> None:
     """Add every other part of dq that is left in shared memory, by the plan's turns where there are `turns`: of each
     part how many tiles have added to it or, in any order, whether the first one has."""
     config, parts = plan.config, _dq_parts(plan)
@@ -255,12 +276,8 @@ def write_dq(plan: Plan, which: int, smem: dict, dq, turns=None) -> None:
         plgpu.wait_smem_to_gmem(0)
         hopper.set_count(counter, turn + 1)
 
-    def one_item(turn, _):
-        item = plan.item(turn)
-        plan.each_step(item, partial(one_step, item))
-
     hopper.bar_arrive(DQ_EMPTY + which, WITH_WRITER)
-    lax.fori_loop(0, plan.rounds, one_item, None)
+    each_item(plan, smem, lambda item, _: plan.each_step(item, partial(one_step, item)))
 
 
 @dataclass(frozen=True)
@@ -287,14 +304,11 @@ class Consumer:
         return 0 if self.config.split_columns else self.which * ROWS
 
     def run(self) -> None:
-        def one_item(turn, count):
-            item = self.plan.item(turn)
+        def one_item(item: Item, count):
             pl.when(item.exists)(lambda: self.attend(item, count))
             return count + item.blocks * self.plan.group
 
-        # Of unknown number: were the compiler to know that every item exists, it would hold too much in registers, and
-        # ptxas would let no products overlap.
-        lax.fori_loop(0, self.plan.rounds + hopper.zero(), one_item, jnp.int32(0))
+        each_item(self.plan, self.smem, one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def attend(self, item: Item, count) -> None:

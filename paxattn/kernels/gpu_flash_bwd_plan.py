@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -72,7 +73,8 @@ class Plan:
 
     A unit of work is a tile or, where tiles differ in work by a causal mask, the n-th together with the n-th last:
     units then take equally long. Of an odd number of tiles the last, which few queries see, is the first unit's, too.
-    Units follow each other densely, KV head after KV head, `ctas` in a round.
+    Units follow each other densely, KV head after KV head, `ctas` in a round. With segments, whose tiles differ in
+    work, there are no rounds: a block takes the next item when it is ready for one (`item_taken`).
 
     Under a causal mask, when dq is summed in order, the first tile of a unit visits its query blocks upwards from the
     diagonal and the second one downwards, so that no two tiles of a head are at the same block at the same time, and
@@ -139,15 +141,24 @@ class Plan:
         """Of items, two or three times as many as of units where those are so many tiles."""
         return tiles.cdiv(self.pairs * self.units, self.ctas) * self.turns_of_unit
 
+    @property
+    def items(self) -> int:
+        return self.pairs * self.kv_tiles
+
+    @property
+    def dealt(self) -> bool:
+        """Whether items are dealt to the blocks; with segments blocks take them as they become ready."""
+        return self.segments is None or self.items <= self.ctas
+
     def item(self, turn) -> Item:
-        problem, units = self.problem, self.units
+        """What this block is dealt as number `turn`."""
+        units = self.units
         which, part = divide(turn, self.turns_of_unit) if self.paired else (turn, 0)
         index = which * self.ctas + lax.axis_index("cta")
         exists = index < self.pairs * units
         pair, unit = divide(jnp.where(exists, index, 0), units)
         start = which * self.ctas - pair * units
         together = jnp.maximum(start, 0), jnp.minimum(start + self.ctas, units)
-        batch, kv_head = divide(pair, problem.kv_heads)
         tile, direction = unit, jnp.int32(1 if self.ordered or not self.triangular else -1)
         if self.paired:
             second = part == self.turns_of_unit - 1 if self.ordered else part == 1
@@ -157,6 +168,25 @@ class Plan:
             # of the same unit.
             single = part == (0 if self.ordered else 2)
             exists, tile = exists & (~single | (unit == 0)), jnp.where(single, self.kv_tiles - 1, tile)
+        return self._item(exists, pair, tile, direction, together)
+
+    def item_taken(self, index) -> Item:
+        """The item that has this number, which exists if it is less than `items`: head after head the last tile first,
+        which is ahead of the others; of the last few heads side by side, so that what is left in the end is short."""
+        pairs, kv_tiles = self.pairs, self.kv_tiles
+        last = min(pairs, tiles.cdiv(3 * self.ctas, kv_tiles))
+        in_order = (pairs - last) * kv_tiles
+        exists = index < self.items
+        index = jnp.where(exists, index, 0)
+        pair, rank = divide(index, kv_tiles)
+        late_rank, late_pair = divide(jnp.maximum(index - in_order, 0), last)
+        late = index >= in_order
+        pair, rank = jnp.where(late, pairs - last + late_pair, pair), jnp.where(late, late_rank, rank)
+        return self._item(exists, pair, kv_tiles - 1 - rank, jnp.int32(1), (jnp.int32(0), jnp.int32(kv_tiles)))
+
+    def _item(self, exists, pair, tile, direction, together) -> Item:
+        problem = self.problem
+        batch, kv_head = divide(pair, problem.kv_heads)
         kv_start = tile * self.config.block_kv
         if self.segments is None:
             lo, hi = query_range(problem, self.config.block_q, kv_start, self.config.block_kv)
@@ -284,6 +314,7 @@ def query_range(problem: Problem, block_q: int, kv_start, rows: int):
     return lo, jnp.clip(hi, lo, blocks)
 
 
+@jax.enable_x64(False)
 def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> tuple[Array, Array]:
     """int32 [B,4,tiles]: of each tile of keys the query blocks [0, 1) that it visits and those [2, 3) that are of one
     segment with all of it; and [B,2,blocks]: of each query block the tiles [0, 1) that visit it.

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paxattn.kernels import hopper, tiles
+from paxattn.kernels import gpu_queue, hopper, tiles
 from paxattn.kernels.gpu_blocks import LOG2E, ROWS, Problem, iota, load_segments, pad_segments
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item, Plan, open_range, segment_bounds
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
@@ -32,17 +32,17 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
         jax.ShapeDtypeStruct((problem.batch, problem.q_len, problem.heads, problem.v_dim), q.dtype),
         jax.ShapeDtypeStruct((problem.batch, problem.heads, padded), jnp.float32),
     )
-    bounds = None
+    bounds = kv_ends = None
     if q_seg is not None:
         q_seg = pad_segments(q_seg, padded)
         kv_seg = pad_segments(kv_seg, tiles.cdiv(problem.kv_len, config.block_kv) * config.block_kv)
-        bounds = hopper.apart(partial(segment_bounds, problem, config))(q_seg, kv_seg)
-    extra = [x for x in (sinks, q_seg, kv_seg, bounds) if x is not None]
-    items = problem.batch * problem.heads * q_tiles
-    ctas = min(num_sms, items)
+        bounds, kv_ends = segment_bounds(problem, config, q_seg, kv_seg)
+    extra = [x for x in (sinks, q_seg, kv_seg, bounds, kv_ends) if x is not None]
+    ctas = min(num_sms, problem.batch * problem.heads * q_tiles)
     body = partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None)
     scratch, dealt = _scratch(problem, config, q.dtype), Plan(problem, config, ctas, bounds).dealt
-    call = hopper.kernel(body, ctas, config.warpgroups, scratch | ({} if dealt else _mailbox(config)), out_type)
+    scratch |= {} if dealt else gpu_queue.scratch(config.warpgroups)
+    call = hopper.kernel(body, ctas, config.warpgroups, scratch, out_type)
     run = call if dealt else lambda *inputs: call(*inputs, jax.new_ref(jnp.zeros(1, jnp.int32)))
     return hopper.apart(run)(q, k, v, *extra)
 
@@ -63,29 +63,19 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
     )
 
 
-def _mailbox(config: Config) -> dict:
-    """For the items that the producer takes from the counter."""
-    return dict(taken=plgpu.SMEM((_ahead(config),), jnp.int32), taken_full=plgpu.Barrier(num_barriers=_ahead(config)))
-
-
-def _ahead(config: Config) -> int:
-    """Items that the producer may have taken before the consumers look at the first of them; each fills a slot."""
-    return config.stages + 2
-
-
 def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_segments: bool, *refs, **smem):
     q, k, v, *given, out, lse = refs
     optional = iter(given)
     sinks = next(optional) if has_sinks else None
-    q_seg, kv_seg, bounds = (next(optional) if has_segments else None for _ in range(3))
+    segments = tuple(next(optional) for _ in range(4)) if has_segments else None
     counter = next(optional, None)
     wg = lax.axis_index("wg")
-    plan = Plan(problem, config, ctas, bounds)
+    plan = Plan(problem, config, ctas, segments and segments[2])
 
     @pl.when(wg < config.warpgroups)
     def _consumers():
         plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
-        Consumer(problem, config, wg, smem, sinks, q_seg, kv_seg, out, lse).run(plan)
+        Consumer(problem, config, wg, smem, sinks, segments, out, lse).run(plan)
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -102,18 +92,10 @@ def produce(plan: Plan, smem: dict, q, k, v, counter) -> None:
     q_tile, k_tile, v_tile = smem["q"][0], smem["k"][0], smem["v"][0]
     threads = 128 * config.warpgroups + 32
 
-    def take(turn):
-        if plan.dealt:
-            return plan.index(turn)
-        index, slot = plan.ctas + hopper.fetch_add(counter, 1), lax.rem(turn, _ahead(config))
-        hopper.store_scalar(smem["taken"].at[slot], index)
-        plgpu.barrier_arrive(smem["taken_full"].at[slot])
-        return index
-
     def one_item(carry):
         turn, count, _, item = carry
         # Looked up while this one's blocks wait for their slots.
-        index = take(turn + 1)
+        index = plan.index(turn + 1) if plan.dealt else gpu_queue.take(smem, turn + 1, plan.ctas, counter)
         following = plan.item(index)
         kv_head = lax.div(item.head, problem.heads // problem.kv_heads)
 
@@ -158,8 +140,7 @@ class Consumer:
     wg: Array
     smem: dict
     sinks: Any
-    q_seg: Any
-    kv_seg: Any
+    segments: tuple | None  # ids of queries and keys, what `segment_bounds` gives
     out: Any
     lse: Any
 
@@ -171,7 +152,7 @@ class Consumer:
             item = plan.item(index)
             state = self.steps(item, count, tuple(state))
             count += item.blocks
-            index = self.taken(plan, turn + 1)
+            index = plan.index(turn + 1) if plan.dealt else gpu_queue.read(self.smem, turn + 1)
             state = lax.cond(
                 index < plan.items,
                 lambda: self.join(item, plan.item(index), count, state),
@@ -187,14 +168,6 @@ class Consumer:
         else:
             lax.while_loop(lambda carry: carry[1] < plan.items, one_item, start)
         plgpu.wait_smem_to_gmem(0)
-
-    def taken(self, plan: Plan, turn):
-        """What the producer has taken as number `turn`."""
-        if plan.dealt:
-            return plan.index(turn)
-        slot = lax.rem(turn, _ahead(self.config))
-        plgpu.barrier_wait(self.smem["taken_full"].at[slot])
-        return self.smem["taken"][slot]
 
     def steps(self, item: Item, count, state):
         """All blocks but the first: those on the right edge under a mask, the open ones, those on the left edge."""
@@ -312,7 +285,7 @@ class Consumer:
 
     def right_edge_exists(self) -> bool:
         problem = self.problem
-        bounded = problem.right is not None or problem.left is not None or self.q_seg is not None
+        bounded = problem.right is not None or problem.left is not None or self.segments is not None
         return bounded or problem.kv_len % self.config.block_kv != 0
 
     def softmax(self, s, m, l, item: Item, j, masked):
@@ -348,10 +321,20 @@ class Consumer:
         return lax.cond(item.run[2] != 0, lambda: self.compare_segments(s, item, block), lambda: s)
 
     def compare_segments(self, s, item: Item, block):
-        q_seg = load_segments(self.q_seg, item.batch, item.q_start + self.wg * ROWS, ROWS, ROW)
-        kv_seg = load_segments(self.kv_seg, item.batch, block * self.config.block_kv, self.config.block_kv, COL)
-        q_seg, kv_seg = (lax.broadcast_in_dim(x, s.shape, [axis]) for axis, x in enumerate((q_seg, kv_seg)))
-        return jnp.where(q_seg == kv_seg, s, -jnp.inf)
+        assert self.segments is not None
+        q_ids, kv_ids, _, kv_ends = self.segments
+        low, high = (kv_ends[item.batch, block, i] for i in range(2))
+        q_seg = load_segments(q_ids, item.batch, item.q_start + self.wg * ROWS, ROWS, ROW)
+
+        def by_key():
+            kv_seg = load_segments(kv_ids, item.batch, block * self.config.block_kv, self.config.block_kv, COL)
+            of_row, of_key = (lax.broadcast_in_dim(x, s.shape, [axis]) for axis, x in enumerate((q_seg, kv_seg)))
+            return jnp.where(of_row == of_key, s, -jnp.inf)
+
+        def by_row():
+            return jnp.where(lax.broadcast_in_dim(q_seg == low, s.shape, [0]), s, -jnp.inf)
+
+        return lax.cond(low == high, by_row, by_key)
 
     def finish(self, item: Item, o, m, l) -> None:
         """Bring in the sink, divide, and send the rows away; the stores run under the next item."""

@@ -69,9 +69,10 @@ class Item:
 class Plan:
     """Which items a block takes, in which order.
 
-    With segments, `_packed_item` says which. Otherwise heads that share KV run side by side, in sections whose K and V fit the L2 cache. In a section the tiles are in
+    Heads that share KV run side by side, in sections whose K and V fit the L2 cache. In a section the tiles are in
     the order of their work, longest first in the last section, shortest first in the one before it, and so on, and
-    are dealt to the blocks to and fro: what the blocks get differs by little, and the last items are short.
+    are dealt to the blocks to and fro: what the blocks get differs by little, and the last items are short. With
+    segments they are in the order of `_packed_item`, and blocks take them as they become ready.
     """
 
     problem: Problem
@@ -158,7 +159,8 @@ def _busiest(problem: Problem, config: Config, ctas: int, section: int) -> int:
     """The most blocks of keys that a block of the grid visits under a causal mask, each item costing one more."""
     pairs, q_tiles = problem.batch * problem.heads, tiles.cdiv(problem.q_len, config.block_q)
     kv_blocks = tiles.cdiv(problem.kv_len, config.block_kv)
-    ends = ((tile + 1) * config.block_q + problem.offset + problem.right for tile in range(q_tiles))
+    ahead = problem.offset + (problem.right or 0)
+    ends = ((tile + 1) * config.block_q + ahead for tile in range(q_tiles))
     work = [1 + min(max(tiles.cdiv(end, config.block_kv), 1), kv_blocks) for end in ends]
     dealt: list[int] = []
     for start in range(0, pairs, section):
@@ -191,10 +193,11 @@ def open_range(problem: Problem, block_kv: int, q_start, rows: int):
     return lo, hi
 
 
-def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> Array:
+@jax.enable_x64(False)
+def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> tuple[Array, Array]:
     """int32 [B,tiles,6], of each query tile: the KV blocks [0, 1) that it visits, the keys [2, 3) that it may see,
     whether not every query of it sees all of them but for causality and windows, and the tile that has its rank in
-    the order of work, longest first."""
+    the order of work, longest first; and [B,blocks,2], of each KV block the lowest and the highest id."""
     block_kv, low, high = config.block_kv, *extremes(q_seg, config.block_q)
     kv_low, kv_high = extremes(kv_seg, block_kv)
     lo, hi = block_range(problem, block_kv, jnp.arange(low.shape[1]) * config.block_q, config.block_q)
@@ -204,4 +207,4 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
     first, end, mixed = run_of(low, high, kv_seg, block_kv, lo, hi)
     order = jnp.argsort(lo - hi, axis=1, stable=True)
     bounds = lo, hi, first, jnp.minimum(end, problem.kv_len), mixed, order
-    return jnp.stack([x.astype(jnp.int32) for x in bounds], axis=2)
+    return jnp.stack([x.astype(jnp.int32) for x in bounds], axis=2), jnp.stack([kv_low, kv_high], axis=2)

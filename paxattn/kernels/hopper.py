@@ -183,19 +183,19 @@ def wait_for_count(counter: Any, count: Any) -> None:
     text = (
         "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$0]; setp.ne.b32 p, v, $1; @p bra again; }"
     )
-    _with_counter(counter, count, text)
+    _with_scalar(counter, count, text)
 
 
 def set_count(counter: Any, count: Any) -> None:
     """Set the int32 in global memory, after all that this warp has seen done."""
-    _with_counter(counter, count, "st.release.gpu.global.b32 [$0], $1;")
+    _with_scalar(counter, count, "st.release.gpu.global.b32 [$0], $1;")
 
 
-def fetch_add(counter: Any, amount: int) -> Array:
-    """Add to the int32 in global memory, once for this warp -> what it was."""
+def fetch_add(counter: Any) -> Array:
+    """Add 1 to the int32 in global memory, once for this warp -> what it was."""
     text = (
         "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
-        f"@p atom.global.add.u32 $0, [$1], {amount}; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }}"
+        "@p atom.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }"
     )
 
     @plgpu.inline_mgpu(
@@ -211,22 +211,18 @@ def fetch_add(counter: Any, amount: int) -> Array:
 
 def store_scalar(target: Any, value: Array) -> None:
     """Store an int32 in shared memory from every lane of a warp."""
+    _with_scalar(target, value, "st.shared.b32 [$0], $1;", "r,r")
+
+
+def _with_scalar(place: Any, value: Any, text: str, registers: str = "l,r") -> None:
+    """Run PTX with the address of an int32 and a value; an address has 64 bits, in shared memory 32."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def issue(_, target, value):
-        operands = [mgpu.utils.memref_ptr(target), value.registers[()]]
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, "st.shared.b32 [$0], $1;", "r,r", has_side_effects=True)
+    def issue(_, place, value):
+        operands = [mgpu.utils.memref_ptr(place), value.registers[()]]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, registers, has_side_effects=True)
 
-    issue(target, jnp.asarray(value, jnp.int32))
-
-
-def _with_counter(counter: Any, count: Any, text: str) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def issue(_, counter, count):
-        operands = [mgpu.utils.memref_ptr(counter), count.registers[()]]
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "l,r", has_side_effects=True)
-
-    issue(counter, jnp.asarray(count, jnp.int32))
+    issue(place, jnp.asarray(value, jnp.int32))
 
 
 def settle(*arrays: Array) -> Any:
