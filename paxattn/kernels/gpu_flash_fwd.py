@@ -72,10 +72,16 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
     wg = lax.axis_index("wg")
     plan = Plan(problem, config, ctas, segments and segments[2])
 
-    @pl.when(wg < config.warpgroups)
-    def _consumers():
+    def consume(which):
         plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
-        Consumer(problem, config, wg, smem, sinks, segments, out, lse).run(plan)
+        Consumer(problem, config, which, smem, sinks, segments, out, lse).run(plan)
+
+    if not has_segments and halves_diagonal(problem, config):
+        # The code of either warpgroup apart, as the shapes of its first products differ.
+        for which in range(config.warpgroups):
+            pl.when(wg == which)(partial(consume, which))
+    else:
+        pl.when(wg < config.warpgroups)(partial(consume, wg))
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -84,6 +90,13 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v, counter))
+
+
+def halves_diagonal(problem: Problem, config: Config) -> bool:
+    """Whether the first warpgroup sees no more than the first half of the first block that an item visits."""
+    if problem.right is None or config.block_kv != config.block_q or config.warpgroups != 2:
+        return False
+    return (problem.offset + problem.right) % config.block_kv == 0
 
 
 def produce(plan: Plan, smem: dict, q, k, v, counter) -> None:
@@ -105,17 +118,31 @@ def produce(plan: Plan, smem: dict, q, k, v, counter) -> None:
                 rows = item.q_start + w * ROWS
                 hopper.load_tile(q.at[item.batch, :, item.head], rows, q_tile.at[w], smem["q_full"].at[w])
 
-        def one_block(j, _):
+        def load(source, tile, full, free, j):
             slot = lax.rem(count + j, config.stages)
             start = (item.lo + item.blocks - 1 - j) * config.block_kv
-            refill = count + j >= config.stages
-            pl.when(refill)(lambda: hopper.bar_sync(k_free(config, slot), threads))
-            hopper.load_tile(k.at[item.batch, :, kv_head], start, k_tile.at[slot], smem["k_full"].at[slot])
-            pl.when(j == 0)(load_queries)
-            pl.when(refill)(lambda: hopper.bar_sync(v_free(config, slot), threads))
-            hopper.load_tile(v.at[item.batch, :, kv_head], start, v_tile.at[slot], smem["v_full"].at[slot])
+            pl.when(count + j >= config.stages)(lambda: hopper.bar_sync(free(config, slot), threads))
+            hopper.load_tile(source.at[item.batch, :, kv_head], start, tile.at[slot], smem[full].at[slot])
 
-        lax.fori_loop(0, item.blocks, one_block, None)
+        load_k = partial(load, k, k_tile, "k_full", k_free)
+        load_v = partial(load, v, v_tile, "v_full", v_free)
+
+        def one_block(j, _):
+            load_k(j)
+            pl.when(j == 0)(load_queries)
+            load_v(j)
+
+        def keys_ahead(j, _):
+            load_k(j + 1)
+            load_v(j)
+
+        if config.keys_ahead:
+            load_k(jnp.int32(0))
+            load_queries()
+            lax.fori_loop(0, item.blocks - 1, keys_ahead, None)
+            load_v(item.blocks - 1)
+        else:
+            lax.fori_loop(0, item.blocks, one_block, None)
         return turn + 1, count + item.blocks, index, following
 
     index = plan.index(jnp.int32(0))
@@ -137,7 +164,7 @@ class Consumer:
 
     problem: Problem
     config: Config
-    wg: Array
+    wg: Any  # its number; known while tracing where the warpgroups differ in their code
     smem: dict
     sinks: Any
     segments: tuple | None  # ids of queries and keys, what `segment_bounds` gives
@@ -200,24 +227,38 @@ class Consumer:
         q = self.queries()
         plgpu.barrier_wait(self.smem["k_full"].at[slot])
         self.take_turn()
-        s = self.scores(q, slot)
+        s = self.scores(q, slot, self.first_keys)
         self.pass_turn()
         s = hopper.wait(0, s)
         self.scores_done(item, 0, slot)
         p, m, l = self.first_softmax(s, item)
-        return self.nothing(), m, l, p.astype(self.out.dtype), *q
+        return self.nothing(), m, l, self.first_weights(p), *q
+
+    @property
+    def first_keys(self) -> int:
+        """How many keys of an item's first block this warpgroup looks at."""
+        return ROWS if isinstance(self.wg, int) and self.wg == 0 else self.config.block_kv
+
+    def first_weights(self, p):
+        """Weights of the first block as an operand of the whole block."""
+        p = p.astype(self.out.dtype)
+        unseen = self.config.block_kv - p.shape[1]
+        if not unseen:
+            return p
+        return jnp.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, unseen), p.dtype), WGMMA)], axis=1)
 
     def join(self, item: Item, following: Item, count, state):
         """As `step`, between two items: QK^T of the next one's first block with PV of this one's last."""
         o, m, l, p, *_ = state
         before = lax.rem(count - 1, self.config.stages)
-        s, o, p, *q = self.both(o, p, self.queries(), lax.rem(count, self.config.stages), before)
-        self.scores_done(following, 0, lax.rem(count, self.config.stages))
+        slot = lax.rem(count, self.config.stages)
+        s, o, p, *q = self.both(o, p, self.queries(), slot, before, self.first_keys)
+        self.scores_done(following, 0, slot)
         weights, new_m, new_l = self.first_softmax(s, following)
         o, weights = hopper.wait(0, o, weights)
         self.release(v_free(self.config, before))
         self.finish(item, o, m, l)
-        return self.nothing(), new_m, new_l, weights.astype(self.out.dtype), *q
+        return self.nothing(), new_m, new_l, self.first_weights(weights), *q
 
     def end(self, item: Item, count, state):
         """PV of the last block of the last item."""
@@ -235,7 +276,7 @@ class Consumer:
         """QK^T of block j and PV of the block before it are in flight together; softmax runs under the latter."""
         o, m, l, p, *q = state
         slot, before = (lax.rem(count + j - back, self.config.stages) for back in range(2))
-        s, o, p, *q = self.both(o, p, q, slot, before)
+        s, o, p, *q = self.both(o, p, q, slot, before, self.config.block_kv)
         self.scores_done(item, j, slot)
         weights, m, l, alpha = self.softmax(s, m, l, item, j, masked)
         # Rounded only after the wait: until then PV reads the registers of the weights before.
@@ -243,13 +284,13 @@ class Consumer:
         self.release(v_free(self.config, before))
         return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, weights.astype(self.out.dtype), *q
 
-    def both(self, o, p, q: list[Array], slot, before):
+    def both(self, o, p, q: list[Array], slot, before, keys: int):
         """Issue QK^T and PV in this warpgroup's turn and wait for the scores -> scores, o in flight, p, *q."""
         plgpu.barrier_wait(self.smem["v_full"].at[before])
         plgpu.barrier_wait(self.smem["k_full"].at[slot])
         self.take_turn()
         o, p, *q = hopper.settle(o, p, *q)
-        s = self.scores(q, slot)
+        s = self.scores(q, slot, keys)
         o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
         self.pass_turn()
         return hopper.wait(1, s), o, p, *q
@@ -263,9 +304,10 @@ class Consumer:
         plgpu.barrier_arrive(self.smem["q_free"].at[self.wg])
         return [q]
 
-    def scores(self, q: list[Array], slot) -> Array:
+    def scores(self, q: list[Array], slot, keys: int) -> Array:
         queries = q[0] if q else self.smem["q"][1].at[self.wg]
-        return hopper.products_t((queries, self.smem["k"][1].at[slot]))[0]
+        k = self.smem["k"][1].at[slot]
+        return hopper.products_t((queries, k if keys == self.config.block_kv else k.at[:, pl.ds(0, keys)]))[0]
 
     def scores_done(self, item: Item, j, slot) -> None:
         self.release(k_free(self.config, slot))

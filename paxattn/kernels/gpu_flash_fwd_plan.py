@@ -20,6 +20,7 @@ class Config:
     stages: int = 2
     warpgroups: int = 2
     q_in_registers: bool = False
+    keys_ahead: bool = False  # whether a block's keys are loaded before the values of the one before it
 
     @property
     def block_q(self) -> int:
@@ -28,7 +29,7 @@ class Config:
 
 def config_for(problem: Problem) -> Config:
     if problem.head_dim > 192:
-        return Config(block_kv=64, stages=2)
+        return Config(block_kv=64, stages=2, keys_ahead=True)
     if problem.head_dim > 128:
         return Config()
     if problem.head_dim > 64:
@@ -46,9 +47,10 @@ def candidates(head_dim: int, v_dim: int) -> list[Config]:
         shapes += [(128, 4, 2), (128, 3, 3), (128, 2, 3)]
     registers = [False] if wide else [False, True]
     return [
-        Config(block_kv, stages, warpgroups, in_registers)
+        Config(block_kv, stages, warpgroups, in_registers, keys_ahead)
         for block_kv, stages, warpgroups in shapes
         for in_registers in (registers if warpgroups == 2 else [False])
+        for keys_ahead in ([False, True] if wide else [False])
     ]
 
 
