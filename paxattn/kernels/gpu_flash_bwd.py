@@ -138,8 +138,11 @@ def each_item(plan: Plan, smem: dict, body, state=None, counter=None):
         turn, index, state = carry
         state = body(plan.item_taken(index + hopper.zero()), state)
         if counter is None:
-            return turn + 1, gpu_queue.read(smem, turn + 1), state
-        return turn + 1, gpu_queue.take(smem, turn + 1, plan.ctas, counter), state
+            (index,) = gpu_queue.read(smem, turn + 1)
+        else:
+            index = gpu_queue.take(counter, plan.ctas)
+            gpu_queue.leave(smem, turn + 1, index)
+        return turn + 1, index, state
 
     start = jnp.int32(0), lax.axis_index("cta"), state
     return lax.while_loop(lambda carry: carry[1] < plan.items, one_item, start)[2]

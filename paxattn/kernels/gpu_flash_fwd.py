@@ -21,6 +21,8 @@ from paxattn.kernels.gpu_blocks import LOG2E, ROWS, Problem, iota, load_segments
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item, Plan, open_range, segment_bounds
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 
+SEGMENT_FIELDS = 8  # of an item with segments
+LOOK_UP = 4  # blocks of keys that are visited while the next item is looked up
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
 
 
@@ -40,14 +42,15 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
     extra = [x for x in (sinks, q_seg, kv_seg, bounds, kv_ends) if x is not None]
     ctas = min(num_sms, problem.batch * problem.heads * q_tiles)
     body = partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None)
-    scratch, dealt = _scratch(problem, config, q.dtype), Plan(problem, config, ctas, bounds).dealt
-    scratch |= {} if dealt else gpu_queue.scratch(config.warpgroups)
+    scratch, dealt = scratch_of(problem, config, q.dtype), bounds is None
+    scratch |= {} if dealt else gpu_queue.scratch(config.warpgroups + 1, SEGMENT_FIELDS)
     call = hopper.kernel(body, ctas, config.warpgroups, scratch, out_type)
     run = call if dealt else lambda *inputs: call(*inputs, jax.new_ref(jnp.zeros(1, jnp.int32)))
     return hopper.apart(run)(q, k, v, *extra)
 
 
-def _scratch(problem: Problem, config: Config, dtype) -> dict:
+def scratch_of(problem: Problem, config: Config, dtype, pieces: int = 1) -> dict:
+    """Shared memory, where a block of keys or values comes in so many pieces."""
     qk, vo = tiles.cdiv(problem.head_dim, CHUNK), tiles.cdiv(problem.v_dim, CHUNK)
     wgs, stages = config.warpgroups, config.stages
     return dict(
@@ -58,8 +61,8 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
         lse=plgpu.SMEM((wgs, ROWS), jnp.float32),
         q_full=plgpu.Barrier(num_arrivals=qk, num_barriers=wgs),
         q_free=plgpu.Barrier(num_barriers=wgs),
-        k_full=plgpu.Barrier(num_arrivals=qk, num_barriers=stages),
-        v_full=plgpu.Barrier(num_arrivals=vo, num_barriers=stages),
+        k_full=plgpu.Barrier(num_arrivals=qk * pieces, num_barriers=stages),
+        v_full=plgpu.Barrier(num_arrivals=vo * pieces, num_barriers=stages),
     )
 
 
@@ -71,10 +74,11 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
     counter = next(optional, None)
     wg = lax.axis_index("wg")
     plan = Plan(problem, config, ctas, segments and segments[2])
+    feed = Dealt(plan) if plan.dealt else Taken(plan, smem)
 
     def consume(which):
         plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
-        Consumer(problem, config, which, smem, sinks, segments, out, lse).run(plan)
+        Consumer(problem, config, which, smem, sinks, segments, out, lse).run(feed)
 
     if not has_segments and halves_diagonal(problem, config):
         # The code of either warpgroup apart, as the shapes of its first products differ.
@@ -89,7 +93,9 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 0)(lambda: produce(plan, smem, q, k, v, counter))
+            pl.when(warp == 0)(Producer(problem, config, feed, smem, q, k, v).run)
+            if not plan.dealt:
+                pl.when(warp == 1)(lambda: take_items(plan, smem, counter))
 
 
 def halves_diagonal(problem: Problem, config: Config) -> bool:
@@ -99,55 +105,152 @@ def halves_diagonal(problem: Problem, config: Config) -> bool:
     return (problem.offset + problem.right) % config.block_kv == 0
 
 
-def produce(plan: Plan, smem: dict, q, k, v, counter) -> None:
-    """Load the queries of every item and stream its KV blocks, last block first."""
-    problem, config = plan.problem, plan.config
-    q_tile, k_tile, v_tile = smem["q"][0], smem["k"][0], smem["v"][0]
-    threads = 128 * config.warpgroups + 32
+@dataclass(frozen=True)
+class Dealt:
+    """The items of a block in a fixed order, each known by its index."""
+
+    plan: Plan
+    first = 0
+
+    def begin(self):
+        return self.after(jnp.int32(-1))
+
+    def after(self, turn):
+        return self.plan.index(turn + 1)
+
+    def item(self, index) -> Item:
+        return self.plan.item(index)
+
+    def exists(self, index):
+        return index < self.plan.items
+
+    def done(self, _) -> None:
+        pass
+
+    def want(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The items that a warp takes for its block, each known by its number in the ring; the last one has no blocks."""
+
+    plan: Any
+    smem: dict
+    first = 1
+
+    def begin(self):
+        return self.after(jnp.int32(0))
+
+    def after(self, turn):
+        gpu_queue.await_item(self.smem, turn + 1)
+        return turn + 1
+
+    def item(self, turn) -> Item:
+        return self.plan.read(gpu_queue.look(self.smem, turn))
+
+    def exists(self, turn):
+        return self.item(turn).blocks > 0
+
+    def done(self, turn) -> None:
+        gpu_queue.free(self.smem, turn)
+
+    def want(self) -> None:
+        gpu_queue.want(self.smem)
+
+
+def take_items(plan: Any, smem: dict, counter) -> None:
+    """Take items for this block and leave them in the ring, each a little before it is needed: to look one up takes long,
+    but what is taken too early may be what another block will wait for."""
+
+    def leave(turn, item):
+        gpu_queue.leave(smem, turn, *jax.tree.leaves(item))
+        return turn + 1
 
     def one_item(carry):
-        turn, count, _, item = carry
-        # Looked up while this one's blocks wait for their slots.
-        index = plan.index(turn + 1) if plan.dealt else gpu_queue.take(smem, turn + 1, plan.ctas, counter)
-        following = plan.item(index)
-        kv_head = lax.div(item.head, problem.heads // problem.kv_heads)
+        turn = leave(*carry)
+        gpu_queue.await_want(smem)
+        return turn, plan.item(gpu_queue.take(counter, plan.ctas))
 
-        def load_queries():
-            for w in range(config.warpgroups):
-                pl.when(turn > 0)(partial(plgpu.barrier_wait, smem["q_free"].at[w]))
-                rows = item.q_start + w * ROWS
-                hopper.load_tile(q.at[item.batch, :, item.head], rows, q_tile.at[w], smem["q_full"].at[w])
+    start = jnp.int32(1), plan.item(lax.axis_index("cta"))
+    leave(*lax.while_loop(lambda carry: carry[1].blocks > 0, one_item, start))
 
-        def load(source, tile, full, free, j):
-            slot = lax.rem(count + j, config.stages)
-            start = (item.lo + item.blocks - 1 - j) * config.block_kv
-            pl.when(count + j >= config.stages)(lambda: hopper.bar_sync(free(config, slot), threads))
-            hopper.load_tile(source.at[item.batch, :, kv_head], start, tile.at[slot], smem[full].at[slot])
 
-        load_k = partial(load, k, k_tile, "k_full", k_free)
-        load_v = partial(load, v, v_tile, "v_full", v_free)
+@dataclass(frozen=True)
+class Producer:
+    """The warp that loads the queries of every item and streams its KV blocks, last block first."""
 
+    problem: Problem
+    config: Config
+    feed: Any
+    smem: dict
+    q: Any
+    k: Any
+    v: Any
+
+    def run(self) -> None:
+        at = self.feed.begin()
+        start = jnp.int32(self.feed.first), jnp.int32(0), at, self.feed.item(at)
+        lax.while_loop(lambda carry: self.feed.exists(carry[2]), self.one_item, start)
+
+    def one_item(self, carry):
+        turn, count, at, item = carry
+        if isinstance(self.feed, Dealt):
+            # Looked up while this one's blocks wait for their slots.
+            following_at = self.feed.after(turn)
+            following = self.feed.item(following_at)
+        self.stream(item, turn, count)
+        if isinstance(self.feed, Taken):
+            self.feed.done(at)
+            following_at = self.feed.after(turn)
+            following = self.feed.item(following_at)
+        return turn + 1, count + item.blocks, following_at, following
+
+    def stream(self, item: Item, turn, count) -> None:
         def one_block(j, _):
-            load_k(j)
-            pl.when(j == 0)(load_queries)
-            load_v(j)
+            pl.when(j == jnp.maximum(item.blocks - LOOK_UP, 0))(self.feed.want)
+            self.load_k(item, count, j)
+            pl.when(j == 0)(lambda: self.load_queries(item, turn))
+            self.load_v(item, count, j)
 
         def keys_ahead(j, _):
-            load_k(j + 1)
-            load_v(j)
+            self.load_k(item, count, j + 1)
+            self.load_v(item, count, j)
 
-        if config.keys_ahead:
-            load_k(jnp.int32(0))
-            load_queries()
+        if self.config.keys_ahead and isinstance(self.feed, Dealt):
+            self.load_k(item, count, jnp.int32(0))
+            self.load_queries(item, turn)
             lax.fori_loop(0, item.blocks - 1, keys_ahead, None)
-            load_v(item.blocks - 1)
+            self.load_v(item, count, item.blocks - 1)
         else:
             lax.fori_loop(0, item.blocks, one_block, None)
-        return turn + 1, count + item.blocks, index, following
 
-    index = plan.index(jnp.int32(0))
-    start = jnp.int32(0), jnp.int32(0), index, plan.item(index)
-    lax.while_loop(lambda carry: carry[2] < plan.items, one_item, start)
+    def load_queries(self, item: Item, turn) -> None:
+        for w in range(self.config.warpgroups):
+            pl.when(turn > self.feed.first)(partial(plgpu.barrier_wait, self.smem["q_free"].at[w]))
+            tile = self.smem["q"][0].at[w]
+            hopper.load_tile(self.q.at[item.batch, :, item.head], item.q_start + w * ROWS, tile, self.smem["q_full"].at[w])
+
+    def load_k(self, item: Item, count, j) -> None:
+        self.load(self.k, item, count, j, *self.ring("k"))
+
+    def load_v(self, item: Item, count, j) -> None:
+        self.load(self.v, item, count, j, *self.ring("v"))
+
+    def ring(self, name: str) -> tuple:
+        """Of keys or values the barriers of free slots, the slots, and the barriers of full ones."""
+        return dict(k=k_free, v=v_free)[name], self.smem[name][0], self.smem[f"{name}_full"]
+
+    def load(self, source, item: Item, count, j, free, tiles, full, *found) -> None:
+        config = self.config
+        slot = lax.rem(count + j, config.stages)
+        threads = 128 * config.warpgroups + 32
+        pl.when(count + j >= config.stages)(lambda: hopper.bar_sync(free(config, slot), threads))
+        self.load_block(source, item, item.lo + item.blocks - 1 - j, tiles.at[slot], full.at[slot], *found)
+
+    def load_block(self, source, item: Item, block, tile, full) -> None:
+        kv_head = lax.div(item.head, self.problem.heads // self.problem.kv_heads)
+        hopper.load_tile(source.at[item.batch, :, kv_head], block * self.config.block_kv, tile, full)
 
 
 def k_free(config: Config, slot):
@@ -171,36 +274,47 @@ class Consumer:
     out: Any
     lse: Any
 
-    def run(self, plan: Plan) -> None:
+    def run(self, feed: Any) -> None:
         pl.when(self.wg == self.config.warpgroups - 1)(lambda: hopper.bar_arrive(hopper.FIRST_BARRIER, 256))
 
         def one_item(carry):
-            turn, index, count, *state = carry
-            item = plan.item(index)
+            turn, at, count, *state = carry
+            item = feed.item(at)
             state = self.steps(item, count, tuple(state))
             count += item.blocks
-            index = plan.index(turn + 1) if plan.dealt else gpu_queue.read(self.smem, turn + 1)
+            following = feed.after(turn)
+            # A taken item is looked at again: what it takes to store it would be held in registers all the while.
+            item = item if isinstance(feed, Dealt) else feed.item(at)
             state = lax.cond(
-                index < plan.items,
-                lambda: self.join(item, plan.item(index), count, state),
+                feed.exists(following),
+                lambda: self.join(item, feed.item(following), count, state),
                 lambda: self.end(item, count, state),
             )
-            return turn + 1, index, count, *state
+            feed.done(at)
+            return turn + 1, following, count, *state
 
-        index = plan.index(jnp.int32(0))
-        start = jnp.int32(0), index, jnp.int32(0), *self.start(plan.item(index))
-        if plan.dealt and self.problem.right is None:
+        at = feed.begin()
+        start = jnp.int32(feed.first), at, jnp.int32(0), *self.start(feed.item(at))
+        if isinstance(feed, Dealt) and self.problem.right is None:
             # Around blocks that need no mask ptxas makes the better loop of a counted one, elsewhere of the other.
+            plan = feed.plan
             lax.fori_loop(0, plan.count(), lambda turn, rest: one_item((turn, plan.index(turn), *rest))[2:], start[2:])
         else:
-            lax.while_loop(lambda carry: carry[1] < plan.items, one_item, start)
+            lax.while_loop(lambda carry: feed.exists(carry[1]), one_item, start)
         plgpu.wait_smem_to_gmem(0)
+
+    def position(self, item: Item):
+        """Where this warpgroup's first query stands among the keys."""
+        return item.q_start + self.wg * ROWS + self.problem.offset
+
+    def end_of(self, item: Item):
+        """How many keys there are."""
+        return self.problem.kv_len
 
     def steps(self, item: Item, count, state):
         """All blocks but the first: those on the right edge under a mask, the open ones, those on the left edge."""
         problem, config = self.problem, self.config
-        q_start = item.q_start + self.wg * ROWS
-        lo, hi = open_range(problem, config.block_kv, q_start, ROWS)
+        lo, hi = open_range(problem, config.block_kv, self.position(item), ROWS, self.end_of(item))
         end = item.lo + item.blocks
         if item.run is not None:
             first, last, mixed = item.run
@@ -252,6 +366,7 @@ class Consumer:
         o, m, l, p, *_ = state
         before = lax.rem(count - 1, self.config.stages)
         slot = lax.rem(count, self.config.stages)
+        self.await_values(item, item.blocks - 1, before)
         s, o, p, *q = self.both(o, p, self.queries(), slot, before, self.first_keys)
         self.scores_done(following, 0, slot)
         weights, new_m, new_l = self.first_softmax(s, following)
@@ -264,7 +379,7 @@ class Consumer:
         """PV of the last block of the last item."""
         o, m, l, p, *q = state
         before = lax.rem(count - 1, self.config.stages)
-        plgpu.barrier_wait(self.smem["v_full"].at[before])
+        self.await_values(item, item.blocks - 1, before)
         self.take_turn()
         o, p = hopper.settle(o, p)
         o = hopper.accumulate(o, p, self.smem["v"][1].at[before])
@@ -276,6 +391,7 @@ class Consumer:
         """QK^T of block j and PV of the block before it are in flight together; softmax runs under the latter."""
         o, m, l, p, *q = state
         slot, before = (lax.rem(count + j - back, self.config.stages) for back in range(2))
+        self.await_values(item, j - 1, before)
         s, o, p, *q = self.both(o, p, q, slot, before, self.config.block_kv)
         self.scores_done(item, j, slot)
         weights, m, l, alpha = self.softmax(s, m, l, item, j, masked)
@@ -284,9 +400,15 @@ class Consumer:
         self.release(v_free(self.config, before))
         return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, weights.astype(self.out.dtype), *q
 
+    def await_values(self, item: Item, j, slot) -> None:
+        """Wait for the values of the item's block j."""
+        plgpu.barrier_wait(self.smem["v_full"].at[slot])
+
     def both(self, o, p, q: list[Array], slot, before, keys: int):
-        """Issue QK^T and PV in this warpgroup's turn and wait for the scores -> scores, o in flight, p, *q."""
-        plgpu.barrier_wait(self.smem["v_full"].at[before])
+        """Issue QK^T and PV, whose values are there, in this warpgroup's turn and wait for the scores.
+
+        Returns scores, o in flight, p, *q.
+        """
         plgpu.barrier_wait(self.smem["k_full"].at[slot])
         self.take_turn()
         o, p, *q = hopper.settle(o, p, *q)
@@ -345,9 +467,9 @@ class Consumer:
 
     def mask(self, s, item: Item, block):
         problem, shape = self.problem, s.shape
-        q_pos = iota(shape[0], ROW) + (item.q_start + self.wg * ROWS + problem.offset)
+        q_pos = iota(shape[0], ROW) + self.position(item)
         kv_pos = lax.broadcast_in_dim(iota(shape[1], COL) + block * self.config.block_kv, shape, [1])
-        first, end, _ = item.run or (None, problem.kv_len, None)
+        first, end, _ = item.run or (None, self.end_of(item), None)
         if problem.right is None:
             seen = kv_pos < end
         else:
@@ -388,11 +510,23 @@ class Consumer:
             l = l * alpha + jnp.exp2(sink - higher)
             o, m = o * lax.broadcast_in_dim(alpha, o.shape, [0]), higher
         o = o * lax.broadcast_in_dim(jnp.where(seen, 1 / l, 0.0), o.shape, [0])
+        self.leave(item, o, jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf))
+
+    def leave(self, item: Item, o, lse) -> None:
+        """Send the rows away; the stores run under the next item."""
+        start = item.q_start + self.wg * ROWS
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.smem["lse"][self.wg] = lse
+        self.send(item, o)
+        target = self.lse.at[item.batch, item.head, pl.ds(start, ROWS)]
+        plgpu.copy_smem_to_gmem(self.smem["lse"].at[self.wg], target)
+
+    def send(self, item: Item, o) -> None:
+        """Send the rows of `o`, and what else was written to shared memory, once what was sent before has been read."""
         start = item.q_start + self.wg * ROWS
         copied, written = (x.at[self.wg] for x in self.smem["out"])
         slots = written.shape[0]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.smem["lse"][self.wg] = jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf)
         for i in range(o.shape[1] // CHUNK):
             if i >= slots:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
@@ -402,8 +536,6 @@ class Consumer:
             plgpu.copy_smem_to_gmem(
                 copied.at[i % slots], self.out.at[item.batch, pl.ds(start, ROWS), item.head, columns]
             )
-        target = self.lse.at[item.batch, item.head, pl.ds(start, ROWS)]
-        plgpu.copy_smem_to_gmem(self.smem["lse"].at[self.wg], target)
 
     def take_turn(self) -> None:
         hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 256)

@@ -1,6 +1,6 @@
 """What every block of the forward kernel works on, in which order, and which blocks of keys a query tile visits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +56,17 @@ def candidates(head_dim: int, v_dim: int) -> list[Config]:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Place:
+    """Where the tile of a row of packed queries stands, whose keys are in pages."""
+
+    row: Array
+    position: Array  # of the first query among the row's keys
+    rows: Array  # how many of the tile's queries are the row's
+    end: Array  # how many keys the row has
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Item:
     """Traced: a query tile and the KV blocks from lo on that it visits, the last one first."""
 
@@ -64,7 +75,8 @@ class Item:
     q_start: Array
     lo: Array
     blocks: Array
-    run: tuple[Array, Array, Array] | None  # with segments: the keys [0, 1) it may see, and whether not all queries do
+    run: tuple[Array, Array, Array] | None = None  # with segments: the keys [0, 1) seen, and whether not by all queries
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Plan:
     @property
     def dealt(self) -> bool:
         """Whether blocks take items in a fixed order; with segments, as soon as they are ready for one."""
-        return self.bounds is None or self.items <= self.ctas
+        return self.bounds is None
 
     def index(self, turn):
         """The item that this block works on as number `turn`, none if it is no less than `items`; to and fro."""
@@ -106,8 +118,17 @@ class Plan:
         return jnp.where(self.index(rounds - 1) < self.items, rounds, rounds - 1)
 
     def item(self, index) -> Item:
-        index = jnp.minimum(index, self.items - 1)
-        return self._dense_item(index) if self.bounds is None else self._packed_item(index)
+        """The item of that number; with segments, of no blocks where there is none."""
+        inside = jnp.minimum(index, self.items - 1)
+        if self.bounds is None:
+            return self._dense_item(inside)
+        item = self._packed_item(inside)
+        return replace(item, blocks=jnp.where(index < self.items, item.blocks, 0))
+
+    def read(self, fields) -> Item:
+        """An item with segments, from what it consists of."""
+        *fields, first, end, mixed = fields
+        return Item(*fields, run=(first, end, mixed))
 
     def _dense_item(self, index) -> Item:
         problem, q_tiles = self.problem, self.q_tiles
@@ -121,7 +142,7 @@ class Plan:
         tile = q_tiles - 1 - rank if problem.right is not None else rank
         q_start = tile * self.config.block_q
         lo, hi = block_range(problem, self.config.block_kv, q_start, self.config.block_q)
-        return Item(batch, head, q_start, lo, hi - lo, None)
+        return Item(batch, head, q_start, lo, hi - lo)
 
     def _packed_item(self, index) -> Item:
         """Head after head the tiles as they lie, which share keys; of the last few heads the longest items first."""
@@ -184,14 +205,13 @@ def block_range(problem: Problem, block_kv: int, q_start, rows: int):
     return lo, jnp.clip(hi, lo + 1, blocks)
 
 
-def open_range(problem: Problem, block_kv: int, q_start, rows: int):
-    """KV blocks [lo, hi) that all of `rows` queries from q_start on see every key of; may be empty."""
-    first = q_start + problem.offset
-    last = first + rows - 1
-    lo = jnp.zeros_like(q_start) if problem.left is None else -((problem.left - last) // block_kv)
-    hi = jnp.full_like(q_start, problem.kv_len // block_kv)
+def open_range(problem: Problem, block_kv: int, position, rows: int, end):
+    """KV blocks [lo, hi) that all of `rows` queries see every key of, the first one at `position`; may be empty."""
+    last = position + rows - 1
+    lo = jnp.zeros_like(position) if problem.left is None else -((problem.left - last) // block_kv)
+    hi = jnp.full_like(position, end // block_kv)
     if problem.right is not None:
-        hi = jnp.minimum(hi, (first + problem.right + 1) // block_kv)
+        hi = jnp.minimum(hi, (position + problem.right + 1) // block_kv)
     return lo, hi
 
 

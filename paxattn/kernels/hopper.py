@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
 CHUNK = 64
 WGMMA = plgpu.Layout.WGMMA
@@ -212,6 +212,30 @@ def fetch_add(counter: Any) -> Array:
 def store_scalar(target: Any, value: Array) -> None:
     """Store an int32 in shared memory from every lane of a warp."""
     _with_scalar(target, value, "st.shared.b32 [$0], $1;", "r,r")
+
+
+def store_rows(target: Any, x: Array, start: Any, rows: Any) -> None:
+    """Store the first `rows` rows of x [R] or [R, D], in the layout of WGMMA, from row `start` of target on; columns that
+    it does not have are left out."""
+    layout = WGMMA if x.ndim == 2 else ROW
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def store(_, target, x, start, rows):
+        index = ir.IndexType.get()
+        start, rows = (arith.index_cast(index, scalar.registers[()]) for scalar in (start, rows))
+        shape = ir.MemRefType(target.type).shape
+
+        def store_one(value, place):
+            exists = arith.cmpi(arith.CmpIPredicate.slt, place[0], rows)
+            for column, width in zip(place[1:], shape[1:], strict=True):
+                there = arith.cmpi(arith.CmpIPredicate.slt, column, arith.constant(index, width))
+                exists = arith.andi(exists, there)
+            with mgpu.utils.when(exists):
+                memref.store(value, target, [arith.addi(start, place[0]), *place[1:]])
+
+        x.foreach(store_one)
+
+    store(target, x, jnp.asarray(start, jnp.int32), jnp.asarray(rows, jnp.int32))
 
 
 def _with_scalar(place: Any, value: Any, text: str, registers: str = "l,r") -> None:

@@ -1,0 +1,157 @@
+"""paged_attention of many queries a row on Hopper: the forward of flash attention, its keys and values read from pages.
+
+Tiles of 128 queries of a row and head are what `gpu_flash_fwd` works on (FlashAttention-3, Shah et al. 2024); here the
+producer fetches a block of 128 keys page by page, and what a tile shares with the next row is not stored.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paxattn.kernels import gpu_queue, hopper, hopper_lanes
+from paxattn.kernels.gpu_blocks import ROWS, Problem, iota
+from paxattn.kernels.gpu_flash_fwd import Consumer, Producer, Taken, scratch_of, take_items
+from paxattn.kernels.gpu_flash_fwd_plan import Config, Item
+from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan, most_tiles, tiles_of
+from paxattn.kernels.hopper import CHUNK, ROW
+
+
+def prefill(
+    problem: Problem,
+    config: Config,
+    num_sms: int,
+    longest_left_out: int,
+    page_size: int,
+    inputs: tuple[Array, ...],
+    sinks: Array | None,
+    results: tuple[Any, Any],
+) -> None:
+    """Write the result of all rows of more than `longest_left_out` queries to the refs out [1,T,H,D] and lse [1,H,T].
+
+    inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R], cu_q_lens [R+1]; sinks float32 [1,H].
+    """
+    *arrays, kv_lens, cu_q_lens = inputs
+    table, count = tiles_of(cu_q_lens, problem.q_len, config.block_q, longest_left_out)
+    ctas = min(num_sms, problem.heads * most_tiles(problem.q_len, len(kv_lens), config.block_q))
+    pieces = max(1, config.block_kv // page_size)
+    scratch = scratch_of(problem, config, inputs[0].dtype, pieces)
+    scratch |= gpu_queue.scratch(config.warpgroups + 1, FIELDS)
+    body = partial(_kernel, problem, config, ctas, page_size, sinks is not None)
+    call = hopper.kernel(body, ctas, config.warpgroups, scratch)
+    given = () if sinks is None else (sinks,)
+    call(*arrays, kv_lens, cu_q_lens, table, count, *given, *results)
+
+
+def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, has_sinks: bool, *refs, **smem):
+    q, k, v, page_table, kv_lens, cu_q_lens, table, count, *given, out, lse, counter = refs
+    plan = PagedPlan(problem, config, ctas, table, count, kv_lens, cu_q_lens)
+    wg, feed = lax.axis_index("wg"), Taken(plan, smem)
+
+    @pl.when(wg < config.warpgroups)
+    def _consumers():
+        plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
+        PagedConsumer(problem, config, wg, smem, given[0] if has_sinks else None, None, out, lse).run(feed)
+
+    @pl.when(wg == config.warpgroups)
+    def _producer():
+        plgpu.set_max_registers(24 if config.warpgroups == 2 else 32, action="decrease")
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 0)(PagedProducer(problem, config, feed, smem, q, k, v, page_table, page_size).run)
+            pl.when(warp == 1)(lambda: take_items(plan, smem, counter))
+
+
+def first_key(problem: Problem, item: Item):
+    """The first key that any query of the tile sees."""
+    assert item.place is not None
+    return jnp.int32(0) if problem.left is None else jnp.maximum(item.place.position - problem.left, 0)
+
+
+@dataclass(frozen=True)
+class PagedProducer(Producer):
+    """The warp that finds the pages of a block in the table, and loads them."""
+
+    page_table: Any
+    page_size: int
+
+    def stream(self, item: Item, turn, count) -> None:
+        def one_block(j, entries):
+            pl.when(j == jnp.maximum(item.blocks - 4, 0))(self.feed.want)
+            # Looked up a block ahead, while this one waits for its slot.
+            ahead = self.entries(item, jnp.minimum(j + 1, item.blocks - 1))
+            self.load(self.k, item, count, j, *self.ring("k"), entries)
+            pl.when(j == 0)(lambda: self.load_queries(item, turn))
+            self.load(self.v, item, count, j, *self.ring("v"), entries)
+            return ahead
+
+        lax.fori_loop(0, item.blocks, one_block, self.entries(item, jnp.int32(0)))
+
+    def entries(self, item: Item, j) -> Array:
+        """Of the j-th block that is visited the page of a piece in each lane; page 0 where no query sees any of it."""
+        size, place = self.page_size, item.place
+        piece = min(size, self.config.block_kv)
+        start = (item.lo + item.blocks - 1 - j) * self.config.block_kv + hopper_lanes.lane() * piece
+        page = lax.div(start, jnp.int32(size))
+        seen = (page * size < place.end) & ((page + 1) * size > first_key(self.problem, item))
+        entry = self.page_table[place.row, jnp.minimum(page, self.page_table.shape[1] - 1)]
+        return jnp.where(seen, entry, 0)
+
+    def load_block(self, source, item: Item, block, tile, full, entries) -> None:
+        kv_head = lax.div(item.head, self.problem.heads // self.problem.kv_heads)
+        piece = min(self.page_size, self.config.block_kv)
+        inside = lax.rem(block * self.config.block_kv, jnp.int32(self.page_size))
+        for i in range(self.config.block_kv // piece):
+            page = source.at[hopper_lanes.from_lane(entries, jnp.int32(i)), :, kv_head]
+            hopper.load_tile(page, inside, tile.at[:, pl.ds(i * piece, piece)], full)
+
+
+@dataclass(frozen=True)
+class PagedConsumer(Consumer):
+    """A warpgroup's work on its 64 rows of every item, some of which may be the next row's."""
+
+    def position(self, item: Item):
+        assert item.place is not None
+        return item.place.position + self.wg * ROWS
+
+    def end_of(self, item: Item):
+        assert item.place is not None
+        return item.place.end
+
+    def right_edge_spans_blocks(self) -> bool:
+        return True
+
+    def await_values(self, item: Item, j, slot) -> None:
+        super().await_values(item, j, slot)
+        start = (item.lo + item.blocks - 1 - j) * self.config.block_kv
+        begin, end = first_key(self.problem, item), self.end_of(item)
+        unseen = (start < begin) | (start + self.config.block_kv > end)
+        pl.when(unseen)(lambda: self.clear(slot, begin - start, end - start))
+
+    def clear(self, slot, begin, end) -> None:
+        """Zero the values that no query sees: they may be NaN, which a weight of 0 does not silence.
+
+        Either warpgroup writes the same zeros, so none waits for the other.
+        """
+        tile = self.smem["v"][1].at[slot]
+        for c in range(tile.shape[0]):
+            for first in range(0, self.config.block_kv, ROWS):
+                row = iota(ROWS, ROW) + first
+                seen = (row >= begin) & (row < end)
+                part = tile.at[c, pl.ds(first, ROWS)]
+                v = part[...]
+                part[...] = jnp.where(lax.broadcast_in_dim(seen, v.shape, [0]), v, jnp.zeros_like(v))
+        plgpu.commit_smem()
+
+    def leave(self, item: Item, o, lse) -> None:
+        assert item.place is not None
+        rows, start = item.place.rows - self.wg * ROWS, item.q_start + self.wg * ROWS
+        hopper.store_rows(self.lse.at[0, item.head], lse, start, rows)
+        out = self.out.at[0, :, item.head]
+        partly = lambda: hopper.store_rows(out, o.astype(self.out.dtype), start, rows)
+        lax.cond(rows >= ROWS, lambda: self.send(item, o), partly)
