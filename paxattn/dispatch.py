@@ -19,7 +19,11 @@ MODULES = {
         "mosaic_gpu": "paxattn.kernels.gpu_flash",
         "reference": "paxattn.reference",
     },
-    "paged_attention": {"xla": "paxattn.kernels.xla_paged", "reference": "paxattn.reference"},
+    "paged_attention": {
+        "xla": "paxattn.kernels.xla_paged",
+        "mosaic_gpu": "paxattn.kernels.gpu_paged",
+        "reference": "paxattn.reference",
+    },
 }
 
 ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",), "cpu": ("xla",)}

@@ -1,0 +1,48 @@
+"""paged_attention on Hopper GPUs: what joins the kernels to JAX, and what they decline."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from paxattn.kernels import gpu_paged_decode, gpu_paged_plan
+from paxattn.kernels.gpu_blocks import ROWS
+from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def paged_attention(
+    q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len
+) -> tuple[Array, Array]:
+    _decline(q, pages)
+    tokens, heads, head_dim = q.shape
+    _, page_size, kv_heads, _ = pages.k.shape
+    shape = tokens, heads, kv_heads, head_dim, page_size, min(max_q_len or tokens, tokens)
+    problem = gpu_paged_plan.Problem(*shape, left, scale, softcap)
+    if problem.packed > ROWS:
+        packed = f"{problem.max_q_len} queries a row in groups of {problem.group}"
+        raise NotImplementedError(f"{packed}: 'mosaic_gpu' serves {ROWS} together; max_q_len says how many there are")
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    config = gpu_paged_plan.config_for(problem)
+    arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
+    return gpu_paged_decode.decode(problem, config, multiprocessors(), *arrays)
+
+
+def _decline(q: Array, pages: Any) -> None:
+    if not on_hopper():
+        kind = jax.devices()[0].device_kind
+        raise NotImplementedError(f"device {kind}: 'mosaic_gpu' needs a Hopper GPU (compute capability 9.0)")
+    if q.dtype.name not in ("bfloat16", "float16"):
+        raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
+    if pages.k.dtype != q.dtype:
+        raise NotImplementedError(f"pages of {pages.k.dtype} for {q.dtype}: 'mosaic_gpu' serves pages of q's dtype")
+    if q.shape[-1] not in HEAD_DIMS:
+        raise NotImplementedError(f"head dim {q.shape[-1]}: 'mosaic_gpu' serves {', '.join(map(str, HEAD_DIMS))}")
+    if pages.k.shape[1] not in PAGE_SIZES:
+        served = ", ".join(map(str, PAGE_SIZES))
+        raise NotImplementedError(f"page size {pages.k.shape[1]}: 'mosaic_gpu' serves {served}")
+    if 0 in q.shape or 0 in pages.k.shape:
+        raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
