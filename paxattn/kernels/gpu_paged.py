@@ -21,6 +21,7 @@ def paged_attention(
     tokens, heads, head_dim = q.shape
     _, page_size, kv_heads, _ = pages.k.shape
     shape = tokens, heads, kv_heads, head_dim, page_size, min(max_q_len or tokens, tokens)
+    left = None if left is None else min(left, page_table.shape[1] * page_size)  # all there is
     problem = gpu_paged_plan.Problem(*shape, left, scale, softcap)
     if problem.packed > ROWS:
         packed = f"{problem.max_q_len} queries a row in groups of {problem.group}"
