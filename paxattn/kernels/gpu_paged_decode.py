@@ -107,15 +107,12 @@ class Producer:
     page_table: Any
 
     def run(self) -> None:
-        item = self.plan.start(self.worker)
-        start = item, jnp.int32(0), self.entries(item, 0)
+        start = self.plan.start(self.worker), jnp.int32(0)
         lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)
 
     def one_item(self, carry):
-        item, count, entries = carry
-        following = self.plan.next(item)
-        # Looked up while this one's blocks wait for their slots.
-        first_entries = self.entries(following, 0)
+        # What is looked up here comes while the tiles of the item before wait to be read.
+        item, count = carry
 
         def one_block(j, held):
             batch, entries, more = held
@@ -129,8 +126,8 @@ class Producer:
                 self.load(source, item, j, count + 2 * j + which, entries, lax.rem(ahead, LANES))
             return batch, entries, more
 
-        lax.fori_loop(0, item.blocks, one_block, (jnp.int32(0), entries, self.entries(item, 1)))
-        return following, count + 2 * item.blocks, first_entries
+        lax.fori_loop(0, item.blocks, one_block, (jnp.int32(0), self.entries(item, 0), self.entries(item, 1)))
+        return self.plan.next(item), count + 2 * item.blocks
 
     def page(self, item: Item, j) -> Array:
         """The row's page in which block j of the item begins."""

@@ -63,8 +63,8 @@ def count_arrival(counter: Any) -> Array:
     """
     text = (
         "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
-        "fence.acq_rel.gpu; @p atom.acq_rel.gpu.global.add.u32 $0, [$1], 1; "
-        "shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; fence.acq_rel.gpu; }"
+        "fence.acq_rel.gpu; @p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; "
+        "shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; bar.warp.sync 0xffffffff; fence.acq_rel.gpu; }"
     )
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
