@@ -24,6 +24,7 @@ MODULES = {
         "mosaic_gpu": "paxattn.kernels.gpu_paged",
         "reference": "paxattn.reference",
     },
+    "write_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
 }
 
 ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",), "cpu": ("xla",)}

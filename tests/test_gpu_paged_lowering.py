@@ -13,7 +13,7 @@ from flash_cases import pairs, representatives
 from paged_cases import AXES, CASES, ROWS
 from test_gpu_lowering import module_for_cuda
 
-from paxattn import KVPages, dispatch, paged_attention
+from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
 
 GPU = "mosaic_gpu"
 
@@ -121,3 +121,29 @@ def test_every_pair_of_choices_is_in_the_list():
             assert ((a, x), (b, y)) in held
     assert len(CASES) >= 200
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def written(tokens, kv_heads, dim, dtype="bfloat16"):
+    pages = jax.eval_shape(lambda: init_pages(40, 16, kv_heads, dim, dtype))
+    new = jax.ShapeDtypeStruct((tokens, kv_heads, dim), jnp.bfloat16)
+    return pages, new, new, jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+
+@pytest.mark.parametrize(("tokens", "kv_heads", "dim"), [(1, 1, 64), (300, 2, 80), (2048, 8, 128), (5, 3, 256)])
+@pytest.mark.usefixtures("on_hopper")
+def test_writes_in_place_in_one_kernel(tokens, kv_heads, dim):
+    run = jax.jit(partial(write_pages, implementation=GPU), donate_argnums=0)
+    module = jax.export.export(run, platforms=["cuda"])(*written(tokens, kv_heads, dim)).mlir_module()
+    assert module.count("custom_call @mosaic_gpu") == 1
+    assert "output_operand_aliases = [#stablehlo.output_operand_alias" in module
+    assert "scatter" not in module
+
+
+@pytest.mark.parametrize(
+    ("feature", "changes"), [("8 numbers a token", dict(dtype="int8")), ("nothing", dict(tokens=0))]
+)
+@pytest.mark.usefixtures("on_hopper")
+def test_what_write_pages_does_not_serve_is_declined_by_name(feature, changes):
+    given = dict(tokens=3, kv_heads=8, dim=64) | changes
+    with pytest.raises(NotImplementedError, match=feature):
+        jax.eval_shape(partial(write_pages, implementation=GPU), *written(**given))

@@ -1,4 +1,4 @@
-"""paged_attention on Hopper GPUs: what joins the kernels to JAX, and what they decline."""
+"""paged_attention and write_pages on Hopper GPUs: what joins the kernels to JAX, and what they decline."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from paxattn.kernels import gpu_paged_decode, gpu_paged_plan
+from paxattn.kernels import gpu_paged_decode, gpu_paged_plan, gpu_paged_write
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
+from paxattn.kernels.hopper_lanes import LANES
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -32,10 +33,28 @@ def paged_attention(
     return gpu_paged_decode.decode(problem, config, multiprocessors(), *arrays)
 
 
-def _decline(q: Array, pages: Any) -> None:
+def write_pages(pages: Any, new: Any, slots: Array) -> Any:
+    """As in `xla_pages`."""
+    _need_hopper()
+    into, structure = jax.tree.flatten(pages)
+    tokens = jax.tree.leaves(new)
+    if 0 in into[0].shape or not len(slots):
+        raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
+    for x in tokens:
+        width = x.size // len(slots)
+        if not gpu_paged_write.vector(width, x.dtype.itemsize):
+            raise NotImplementedError(f"{width} numbers a token: 'mosaic_gpu' serves multiples of {LANES}")
+    return jax.tree.unflatten(structure, gpu_paged_write.write(multiprocessors(), into, tokens, slots))
+
+
+def _need_hopper() -> None:
     if not on_hopper():
         kind = jax.devices()[0].device_kind
         raise NotImplementedError(f"device {kind}: 'mosaic_gpu' needs a Hopper GPU (compute capability 9.0)")
+
+
+def _decline(q: Array, pages: Any) -> None:
+    _need_hopper()
     if q.dtype.name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
     if pages.k.dtype != q.dtype:

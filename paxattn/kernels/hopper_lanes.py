@@ -86,16 +86,14 @@ def along(x: Array, shape: tuple[int, int], layout: Any) -> Array:
 
 
 def load_rows(source: Any, rows: Array, layout: Any) -> Array:
-    """source [N, D] or [N], floats in global memory, at each of rows [M]; a negative one gives whatever row 0 holds.
+    """source [N, D] or [N] in global memory at each of rows [M]; a negative one gives whatever row 0 holds.
 
     `layout` is that of an [M, D]; that of rows is reduced over D.
     """
-    shape = (*rows.shape, *source.shape[1:])
+    shape, dtype = (*rows.shape, *source.shape[1:]), source.dtype
     of_rows, of_all = _layouts(shape, layout)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), of_rows), return_type=plgpu.ShapeDtypeStruct(shape, source.dtype, of_all)
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), of_rows), return_type=plgpu.ShapeDtypeStruct(shape, dtype, of_all))
     def load(_, source, rows):
         rows = _along(rows, shape, of_all)
         registers = rows.registers.copy()
@@ -104,7 +102,8 @@ def load_rows(source: Any, rows: Array, layout: Any) -> Array:
         for at, row, place in _places(rows):
             row = arith.maxsi(row, mgpu.c(0, row.type))
             registers[at] = vector.load(type_of, source, [_index(row), *place[1:]])
-        return mgpu.FragmentedArray(_registers=registers, _layout=rows.layout, _is_signed=None)
+        is_signed = True if jnp.issubdtype(dtype, jnp.signedinteger) else None
+        return mgpu.FragmentedArray(_registers=registers, _layout=rows.layout, _is_signed=is_signed)
 
     return load(source, rows)
 
