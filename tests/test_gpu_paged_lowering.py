@@ -108,6 +108,25 @@ def test_a_machine_without_hopper_is_told_so():
 
 
 @pytest.mark.usefixtures("on_hopper")
+def test_lowers_under_shard_map_over_heads():
+    mesh = jax.sharding.AbstractMesh((1,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    inputs = shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16", sinks=True)
+    new = jax.ShapeDtypeStruct((2, 2, 64), jnp.bfloat16)
+
+    def step(q, pages, table, kv_lens, cu_q_lens, sinks, new, slots):
+        pages = write_pages(pages, new, new, slots, implementation=GPU)
+        options = dict(sinks=sinks, max_q_len=1, implementation=GPU)
+        return paged_attention(q, pages, table, kv_lens, cu_q_lens, **options), pages
+
+    heads, of_pages = P(None, "h", None), P(None, None, "h", None)
+    specs = (heads, of_pages, P(), P(), P(), P("h"), heads, P())
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(heads, of_pages))
+    module = module_for_cuda(sharded, *inputs.values(), new, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert module.count("custom_call @mosaic_gpu") == 2
+
+
+@pytest.mark.usefixtures("on_hopper")
 def test_lowers_where_the_user_has_64_bits_and_strict_promotion():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         inputs = shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16", sinks=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from paxattn.kernels import gpu_paged_decode, gpu_paged_plan, gpu_paged_write
+from paxattn.kernels import gpu_paged_decode, gpu_paged_plan, gpu_paged_write, online_softmax
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
 from paxattn.kernels.hopper_lanes import LANES
@@ -30,7 +30,9 @@ def paged_attention(
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     config = gpu_paged_plan.config_for(problem)
     arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
-    return gpu_paged_decode.decode(problem, config, multiprocessors(), *arrays)
+    given = jax.tree.leaves(arrays)
+    results = gpu_paged_decode.decode(problem, config, multiprocessors(), *online_softmax.vary_like(arrays, *given))
+    return online_softmax.vary_like(results, *given)
 
 
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:
@@ -44,7 +46,10 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
         width = x.size // len(slots)
         if not gpu_paged_write.vector(width, x.dtype.itemsize):
             raise NotImplementedError(f"{width} numbers a token: 'mosaic_gpu' serves multiples of {LANES}")
-    return jax.tree.unflatten(structure, gpu_paged_write.write(multiprocessors(), into, tokens, slots))
+    given = *into, *tokens, slots
+    arrays = online_softmax.vary_like((into, tokens, slots), *given)
+    written = gpu_paged_write.write(multiprocessors(), *arrays)
+    return jax.tree.unflatten(structure, online_softmax.vary_like(written, *given))
 
 
 def _need_hopper() -> None:
