@@ -14,6 +14,7 @@ from paged_cases import AXES, CASES, ROWS
 from test_gpu_lowering import module_for_cuda
 
 from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
+from paxattn.kernels import gpu_paged_decode
 
 GPU = "mosaic_gpu"
 
@@ -140,6 +141,13 @@ def test_every_pair_of_choices_is_in_the_list():
             assert ((a, x), (b, y)) in held
     assert len(CASES) >= 200
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_no_consumer_waits_for_registers_that_the_block_has_not():
+    warpgroups = 3
+    at_start = 65536 // (warpgroups * 128) // 8 * 8
+    shared_out = 2 * gpu_paged_decode.CONSUMER_REGISTERS + gpu_paged_decode.PRODUCER_REGISTERS
+    assert shared_out == warpgroups * at_start
 
 
 def written(tokens, kv_heads, dim, dtype="bfloat16"):

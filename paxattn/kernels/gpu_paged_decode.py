@@ -27,6 +27,9 @@ NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
 EIGHT = 8  # rows that are merged at a time, a quarter of their columns by each warp
 MERGED = plgpu.Layout.TILED(plgpu.Tiling(((EIGHT, 64), (EIGHT, 16), (4,))), (-4,), (-3, -2), -1)
 AT_ONCE = 4  # parts of an item that are on their way together
+# Registers a thread of two consumers and a producer: the 3 x 168 that they start with, shared out. For more than there
+# are a consumer would wait for ever.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
 
 
 def decode(
@@ -79,14 +82,14 @@ def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *re
     @pl.when(wg < config.warpgroups)
     def _consumers():
         if config.warpgroups > 1:
-            plgpu.set_max_registers(208, action="increase")
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         outputs = out, lse, part, part_lse, counters
         Consumer(plan, wg, wg * num_sms + cta, smem, q, given[0] if has_sinks else None, *outputs).run()
 
     @pl.when(wg == config.warpgroups)
     def _producer():
         if config.warpgroups > 1:
-            plgpu.set_max_registers(96, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
         @plgpu.warp_map
         def _(warp):
