@@ -19,7 +19,12 @@ MODULES = {
         "mosaic_gpu": "paxattn.kernels.gpu_flash",
         "reference": "paxattn.reference",
     },
-    "paged_attention": {"xla": "paxattn.kernels.xla_paged", "reference": "paxattn.reference"},
+    "paged_attention": {
+        "xla": "paxattn.kernels.xla_paged",
+        "mosaic_gpu": "paxattn.kernels.gpu_paged",
+        "reference": "paxattn.reference",
+    },
+    "write_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
 }
 
 ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",), "cpu": ("xla",)}

@@ -120,6 +120,7 @@ class PagedCase:
     options: dict[str, Any] = field(default_factory=dict)
     sinks: bool = False
     dropped: bool = False  # pages behind the window are nobody's any more
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         return self.name

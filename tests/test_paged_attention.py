@@ -166,8 +166,8 @@ def test_a_bad_argument_is_named(name, change):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_not_there_declines_by_name():
-    with pytest.raises(NotImplementedError, match=r"paged_attention.*mosaic_gpu"):
-        paged_attention(**good(), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=r"paged_attention.*mosaic_tpu"):
+        paged_attention(**good(), implementation="mosaic_tpu")
 
 
 def test_pages_is_a_pytree():

@@ -13,8 +13,27 @@ TINY = 1e-30
 ROWS = 64  # rows of a product that one warpgroup computes
 
 
+class Scaled:
+    """What softmax sees of a problem."""
+
+    scale: float
+    softcap: float | None
+
+    @property
+    def shaped(self) -> bool:
+        """Whether scores need more than a positive factor before exp2; one too small would lose the mask's infinity."""
+        return self.softcap is not None or self.scale < TINY
+
+    @property
+    def exponent(self) -> float:
+        """The factor that exp2 sees."""
+        if self.softcap is not None:
+            return self.softcap * LOG2E
+        return LOG2E * (1.0 if self.scale < TINY else self.scale)
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(Scaled):
     """What is static in a call."""
 
     batch: int
@@ -33,18 +52,6 @@ class Problem:
     def offset(self) -> int:
         """Position of the first query."""
         return self.kv_len - self.q_len
-
-    @property
-    def shaped(self) -> bool:
-        """Whether scores need more than a positive factor before exp2; one too small would lose the mask's infinity."""
-        return self.softcap is not None or self.scale < TINY
-
-    @property
-    def exponent(self) -> float:
-        """The factor that exp2 sees."""
-        if self.softcap is not None:
-            return self.softcap * LOG2E
-        return LOG2E * (1.0 if self.scale < TINY else self.scale)
 
 
 def divide(x, by):

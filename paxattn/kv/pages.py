@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Int
 
-from paxattn import checks
+from paxattn import checks, dispatch
+from paxattn.kernels import xla_pages
 
 COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
 KEY_GROUP = 16
@@ -74,25 +75,34 @@ def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
     return replace(pages, k_scale=k_scale, v_scale=v_scale)
 
 
-def write_pages(pages: KVPages, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, "T"]) -> KVPages:
+def write_pages(
+    pages: KVPages,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
+    slots: Int[Array, "T"],
+    *,
+    implementation: str | None = None,
+) -> KVPages:
     """Write T tokens; in place where `pages` is donated.
 
     Args:
       pages: one layer's.
       k, v: [T,K,D], cast to the pages' dtype or compressed.
       slots: [T] ints, page * P + offset; a negative slot is skipped. No slot stands twice.
+      implementation: None (the best for the platform), "xla" or "mosaic_gpu".
 
     Raises:
       ValueError: an argument does not fit; the message names it.
+      NotImplementedError: the implementation asked for cannot serve the call; the message names the feature.
     """
     num_pages, page_size, *head = pages.k.shape
     checks.check_rank("k", k, "T K D")
     checks.check_shape("k", k, (k.shape[0], *head), "T K D")
     checks.check_shape("v", v, k.shape, "T K D")
     checks.check_ints("slots", slots, (k.shape[0],), "T")
-    valid = (slots >= 0) & (slots < num_pages * page_size)
-    at = (slots // page_size, slots % page_size)
-    return jax.tree.map(lambda into, x: _put(into, at, valid, x), pages, _encode(pages, k, v))
+    if slots.dtype != jnp.int32:
+        slots = jnp.where((slots >= 0) & (slots < num_pages * page_size), slots, -1).astype(jnp.int32)
+    return dispatch.call("write_pages", implementation, pages, _encode(pages, k, v), slots)
 
 
 def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
@@ -166,21 +176,9 @@ def take_pages(pages: KVPages, ids: Array) -> KVPages:
 def put_pages(pages: KVPages, ids: Array, new: KVPages) -> KVPages:
     """Write page i of `new` onto page ids[i], ids [F]; a negative one is skipped."""
     valid = (ids >= 0) & (ids < pages.num_pages)
-    return jax.tree.map(lambda into, x: _put(into, (ids,), valid, x), pages, new)
+    return jax.tree.map(lambda into, x: xla_pages.put(into, (ids,), valid, x), pages, new)
 
 
 def clear_pages(pages: KVPages, ids: Array) -> KVPages:
     """Zero the pages ids [F]; a negative one is skipped."""
     return put_pages(pages, ids, take_pages(pages, jnp.full_like(ids, -1)))
-
-
-def _put(into: Array, at: tuple[Array, ...], valid: Array, x: Array) -> Array:
-    """into[at] = x where valid, in place."""
-    if len(x) != 1:
-        at = tuple(i.astype(jnp.int32) for i in at)
-        return into.at[(jnp.where(valid, at[0], len(into)), *at[1:])].set(x, mode="drop")
-    # Of a scatter of one row XLA makes a select over all pages, and without the barrier it writes once a reader.
-    first = tuple(jnp.where(valid[0], i[0], 0) for i in at)
-    x = jnp.where(valid[0], x[0], into[first])
-    rest = (0,) * (into.ndim - len(at))
-    return lax.optimization_barrier(lax.dynamic_update_slice(into, x[(None,) * len(at)], (*first, *rest)))

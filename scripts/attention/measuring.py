@@ -77,7 +77,7 @@ class Times(NamedTuple):
 
 
 def time_in_turns[Key: Hashable](
-    programs: Mapping[Key, Compiled], args: Inputs, rounds: int, iterations: int
+    programs: Mapping[Key, Compiled], args: tuple[Any, ...], rounds: int, iterations: int
 ) -> dict[Key, Times]:
     """Medians; each round starts with another one, so that none always runs on the clocks another left behind."""
     names = list(programs)
@@ -100,7 +100,7 @@ def cupti() -> Any:
     return importlib.import_module("jax.experimental.mosaic.gpu.profiler") if jax.default_backend() == "gpu" else None
 
 
-def cupti_ms(run: Compiled, args: Inputs, iterations: int) -> list[float]:
+def cupti_ms(run: Compiled, args: tuple[Any, ...], iterations: int) -> list[float]:
     """The time of all kernels of each iteration, after a warm-up; empty where CUPTI tells none."""
     if cupti() is None:
         return []
@@ -111,7 +111,7 @@ def cupti_ms(run: Compiled, args: Inputs, iterations: int) -> list[float]:
     return [] if ms is None else ms if isinstance(ms, list) else [ms]
 
 
-def wall_ms(run: Compiled, args: Inputs, iterations: int) -> float:
+def wall_ms(run: Compiled, args: tuple[Any, ...], iterations: int) -> float:
     jax.block_until_ready(run(*args))
     start = time.perf_counter()
     jax.block_until_ready([run(*args) for _ in range(iterations)])

@@ -1,0 +1,384 @@
+"""paged_attention of few queries a row on Hopper: Pallas Mosaic GPU, TMA and WGMMA (FlashDecoding, Dao et al. 2023).
+
+All there is to do is to read keys and values at the speed of memory. Every block of the grid has two workers, each a
+consumer warpgroup with a ring of tiles that its own producer warp fills page by page. A worker has an equal share of
+all blocks of keys (`gpu_paged_plan`). The queries of a row that share a KV head are the rows of one tile of 64, most of
+them unused: the tensor cores have time. Parts of an item that several workers share go to global memory, and the last
+of them to be done merges them in a fixed order.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paxattn.kernels import hopper, hopper_lanes, hopper_pages, tiles
+from paxattn.kernels.gpu_blocks import LOG2E, ROWS, iota
+from paxattn.kernels.gpu_paged_plan import Config, Item, Plan, Problem
+from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
+from paxattn.kernels.hopper_lanes import LANES
+
+NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
+EIGHT = 8  # rows that are merged at a time, a quarter of their columns by each warp
+MERGED = plgpu.Layout.TILED(plgpu.Tiling(((EIGHT, 64), (EIGHT, 16), (4,))), (-4,), (-3, -2), -1)
+AT_ONCE = 4  # parts of an item that are on their way together
+# Registers a thread of two consumers and a producer: the 3 x 168 that they start with, shared out. For more than there
+# are a consumer would wait for ever.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
+
+
+def decode(
+    problem: Problem, config: Config, num_sms: int, q, k, v, page_table, kv_lens, cu_q_lens, sinks
+) -> tuple[Array, Array]:
+    """q [T,H,D], k, v [N,P,K,D], page_table [R,M], sinks float32 [H] or None -> out [T,H,D], lse float32 [H,T].
+
+    Rows of more than max_q_len queries are left out.
+    """
+    workers = num_sms * config.warpgroups
+    queries, keys, values = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    part_rows = 2 * workers * tiles.cdiv(problem.packed, EIGHT) * EIGHT
+    out_type = (
+        jax.ShapeDtypeStruct(queries.shape, q.dtype),
+        jax.ShapeDtypeStruct((problem.heads * problem.tokens,), jnp.float32),
+        jax.ShapeDtypeStruct((part_rows, tiles.cdiv(problem.head_dim, CHUNK) * CHUNK), jnp.float32),
+        jax.ShapeDtypeStruct((part_rows,), jnp.float32),
+    )
+    body = partial(_kernel, problem, config, num_sms, sinks is not None)
+    call = hopper.kernel(body, num_sms, config.warpgroups, _scratch(problem, config, q.dtype), out_type)
+
+    def run(*inputs):
+        return call(*inputs, jax.new_ref(jnp.zeros(4 * workers, jnp.int32)))
+
+    given = () if sinks is None else (sinks,)
+    out, lse, *_ = hopper.apart(run)(queries, keys, values, page_table, kv_lens, cu_q_lens, *given)
+    return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
+
+
+def _scratch(problem: Problem, config: Config, dtype) -> dict:
+    wgs, slots = config.warpgroups, config.slots
+    return dict(
+        q=hopper_pages.tile(wgs, ROWS, problem.head_dim, dtype=dtype),
+        kv=hopper_pages.tile(wgs, slots, config.block, problem.head_dim, dtype=dtype),
+        full=plgpu.Barrier(num_arrivals=copies(problem, config), num_barriers=wgs * slots),
+        free=plgpu.Barrier(num_barriers=wgs * slots),
+    )
+
+
+def copies(problem: Problem, config: Config) -> int:
+    """Pages, or parts of them, in a block."""
+    return max(1, config.block // problem.page_size)
+
+
+def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *refs, **smem):
+    q, k, v, page_table, kv_lens, cu_q_lens, *given, counters, out, lse, part, part_lse = refs
+    wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    plan = Plan(problem, config, num_sms * config.warpgroups, kv_lens, cu_q_lens)
+
+    @pl.when(wg < config.warpgroups)
+    def _consumers():
+        if config.warpgroups > 1:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        outputs = out, lse, part, part_lse, counters
+        Consumer(plan, wg, wg * num_sms + cta, smem, q, given[0] if has_sinks else None, *outputs).run()
+
+    @pl.when(wg == config.warpgroups)
+    def _producer():
+        if config.warpgroups > 1:
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+        @plgpu.warp_map
+        def _(warp):
+            for which in range(config.warpgroups):
+                pl.when(warp == which)(Producer(plan, which, which * num_sms + cta, smem, k, v, page_table).run)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A warp that streams the keys and values of a worker's items through its ring, a block's keys and then values."""
+
+    plan: Plan
+    wg: int
+    worker: Array
+    smem: dict
+    k: Any  # [N*P,K,D]
+    v: Any
+    page_table: Any
+
+    def run(self) -> None:
+        start = self.plan.start(self.worker), jnp.int32(0)
+        lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)
+
+    def one_item(self, carry):
+        # What is looked up here comes while the tiles of the item before wait to be read.
+        item, count = carry
+
+        def one_block(j, held):
+            batch, entries, more = held
+            ahead = self.page(item, j) - self.page(item, 0)
+            batch, entries, more = lax.cond(
+                lax.div(ahead, LANES) == batch,
+                lambda: (batch, entries, more),
+                lambda: (batch + 1, more, self.entries(item, batch + 2)),
+            )
+            for which, source in enumerate((self.k, self.v)):
+                self.load(source, item, j, count + 2 * j + which, entries, lax.rem(ahead, LANES))
+            return batch, entries, more
+
+        lax.fori_loop(0, item.blocks, one_block, (jnp.int32(0), self.entries(item, 0), self.entries(item, 1)))
+        return self.plan.next(item), count + 2 * item.blocks
+
+    def page(self, item: Item, j) -> Array:
+        """The row's page in which block j of the item begins."""
+        return lax.div((item.block + j) * self.plan.config.block, jnp.int32(self.plan.problem.page_size))
+
+    def entries(self, item: Item, batch) -> Array:
+        """A page of the item in each lane, of the batch-th 32; page 0 where no query sees any of it."""
+        size = self.plan.problem.page_size
+        page = self.page(item, 0) + batch * LANES + hopper_lanes.lane()
+        there = (page * size < item.kv_len) & ((page + 1) * size > item.begin)
+        entry = self.page_table[item.row, jnp.minimum(page, self.page_table.shape[1] - 1)]
+        return jnp.where(there, entry, 0)
+
+    def load(self, source, item: Item, j, count, entries, lane) -> None:
+        """The item's block j of keys or values, which is the count-th tile in the ring."""
+        problem, config = self.plan.problem, self.plan.config
+        slot = lax.rem(count, jnp.int32(config.slots))
+        at = self.wg * config.slots + slot
+        pl.when(count >= config.slots)(lambda: plgpu.barrier_wait(self.smem["free"].at[at]))
+        rows = config.block // copies(problem, config)
+        inside = lax.rem((item.block + j) * config.block, jnp.int32(problem.page_size))
+        for i in range(copies(problem, config)):
+            row = hopper_lanes.from_lane(entries, lane + i) * problem.page_size + inside
+            target = self.smem["kv"].at[self.wg, slot, pl.ds(i * rows, rows)]
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(row, rows), item.head], target, self.smem["full"].at[at])
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A warpgroup that computes a worker's items."""
+
+    plan: Plan
+    wg: Array
+    worker: Array
+    smem: dict
+    q: Any  # [T*H,D]
+    sinks: Any  # [H]
+    out: Any  # [T*H,D]
+    lse: Any  # [H*T]
+    part: Any  # [2*workers*rows,D]: of each worker the item that it goes on with, then the one that others go on with
+    part_lse: Any
+    counters: Any  # [4*workers]: of the item that each worker begins and others go on with, how many have left a part
+
+    @property
+    def problem(self) -> Problem:
+        return self.plan.problem
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    def run(self) -> None:
+        start = self.plan.start(self.worker), jnp.int32(0)
+        lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)
+        self.clear_padding()
+
+    def one_item(self, carry):
+        item, count = carry
+        self.load_queries(item)
+        o = plgpu.layout_cast(jnp.zeros((ROWS, self.problem.head_dim), jnp.float32), WGMMA)
+        m = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), ROW)
+        l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+        o, m, l = lax.fori_loop(0, item.blocks, partial(self.step, item, count), (o, m, l))
+        seen = l != 0  # NaN, too, is something
+        o = o * lax.broadcast_in_dim(jnp.where(seen, 1 / l, 0.0), o.shape, [0])
+        lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
+        lax.cond(
+            item.whole,
+            lambda: self.write(item, o, lse, iota(ROWS, ROW), WGMMA),
+            lambda: self.leave_part(item, o, lse),
+        )
+        return self.plan.next(item), count + 2 * item.blocks
+
+    def step(self, item: Item, count, j, state):
+        o, m, l = state
+        k_slot, v_slot = (lax.rem(count + 2 * j + i, jnp.int32(self.config.slots)) for i in range(2))
+        self.wait_for(k_slot)
+        s = hopper.wait(0, hopper_pages.scores(self.smem["q"].at[self.wg], self.tile(k_slot)))
+        self.release(k_slot)
+        p, m, l, alpha = self.softmax(s, m, l, item, item.block + j)
+        self.wait_for(v_slot)
+        start = (item.block + j) * self.config.block
+        unseen = (start < item.begin) | (start + self.config.block > item.kv_len)
+        pl.when(unseen)(partial(self.clear_unseen, item, start, self.tile(v_slot)))
+        o = o * lax.broadcast_in_dim(alpha, o.shape, [0])
+        o = hopper.wait(0, hopper_pages.accumulate(o, p.astype(self.q.dtype), self.tile(v_slot)))
+        self.release(v_slot)
+        return o, m, l
+
+    def tile(self, slot) -> Any:
+        return self.smem["kv"].at[self.wg, slot]
+
+    def wait_for(self, slot) -> None:
+        plgpu.barrier_wait(self.smem["full"].at[self.wg * self.config.slots + slot])
+
+    def release(self, slot) -> None:
+        plgpu.barrier_arrive(self.smem["free"].at[self.wg * self.config.slots + slot])
+
+    def meet(self) -> None:
+        hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 128)
+
+    def load_queries(self, item: Item) -> None:
+        q = hopper_lanes.load_rows(self.q, self.query_rows(item, iota(ROWS, ROW)), WGMMA)
+        self.meet()  # The products of the item before are done in all warps.
+        self.smem["q"][self.wg] = q
+        hopper.fence()
+        self.meet()
+
+    def token(self, packed) -> Array:
+        """Which of a row's queries stand in the packed rows."""
+        if self.problem.max_q_len == 1:
+            return 0 * packed
+        return lax.div(packed, jnp.full_like(packed, self.problem.group))
+
+    def query_rows(self, item: Item, packed) -> Array:
+        """Where the packed rows stand in [T*H]; -1 for the unused."""
+        problem = self.problem
+        first = item.q_start * problem.heads + item.head * problem.group
+        at = packed + first + self.token(packed) * (problem.heads - problem.group)
+        return jnp.where(packed < item.q_len * problem.group, at, -1)
+
+    def lse_rows(self, item: Item, packed) -> Array:
+        """Where the packed rows stand in [H*T]; -1 for the unused."""
+        problem, token = self.problem, self.token(packed)
+        head = packed - token * problem.group + item.head * problem.group
+        at = head * problem.tokens + token + item.q_start
+        return jnp.where(packed < item.q_len * problem.group, at, -1)
+
+    def softmax(self, s, m, l, item: Item, block):
+        """Streaming softmax in base 2 -> weights, maximum, sum, and what the sums so far shrink by."""
+        problem = self.problem
+        if problem.shaped:
+            s = s * problem.scale if problem.softcap is None else jnp.tanh(s * (problem.scale / problem.softcap))
+        s = self.mask(s, item, block)
+        higher = jnp.maximum(m, s.max(axis=1) * problem.exponent)
+        alpha = jnp.exp2(m - higher)
+        p = jnp.exp2(s * problem.exponent - lax.broadcast_in_dim(higher, s.shape, [0]))
+        return p, higher, l * alpha + p.sum(axis=1), alpha
+
+    def mask(self, s, item: Item, block):
+        token = self.token(iota(ROWS, ROW))
+        q_pos = jnp.minimum(token + (item.kv_len - item.q_len), item.kv_len - 1)
+        kv_pos = lax.broadcast_in_dim(iota(s.shape[1], COL) + block * self.config.block, s.shape, [1])
+        seen = kv_pos <= lax.broadcast_in_dim(q_pos, s.shape, [0])
+        if self.problem.left is not None:
+            seen &= kv_pos >= lax.broadcast_in_dim(q_pos - self.problem.left, s.shape, [0])
+        return jnp.where(seen, s, -jnp.inf)
+
+    def clear_unseen(self, item: Item, start, tile) -> None:
+        """Zero the values that no query sees: they may be NaN, which a weight of 0 does not silence."""
+        for first in range(0, self.config.block, ROWS):
+            position = iota(ROWS, ROW) + (start + first)
+            seen = (position >= item.begin) & (position < item.kv_len)
+            part = tile.at[pl.ds(first, ROWS)]
+            v = part[...]
+            part[...] = jnp.where(lax.broadcast_in_dim(seen, v.shape, [0]), v, jnp.zeros_like(v))
+        hopper.fence()
+        self.meet()
+
+    def write(self, item: Item, o, lse, packed, layout) -> None:
+        """Bring in the sink and store what is the packed rows' result; lse in base 2."""
+        if self.sinks is not None:
+            head = packed - self.token(packed) * self.problem.group + item.head * self.problem.group
+            used = packed < item.q_len * self.problem.group
+            sink = hopper_lanes.load_rows(self.sinks, jnp.where(used, head, -1), layout) * LOG2E
+            higher = jnp.maximum(lse, sink)
+            seen = jnp.exp2(lse - higher)
+            whole = seen + jnp.exp2(sink - higher)
+            o = o * hopper_lanes.along(seen / whole, o.shape, layout)
+            lse = jnp.where(lse == -jnp.inf, lse, higher + jnp.log2(whole))
+        hopper_lanes.store_rows(self.out, self.query_rows(item, packed), o.astype(self.out.dtype), layout)
+        hopper_lanes.store_rows(self.lse, self.lse_rows(item, packed), lse / LOG2E, layout)
+
+    @property
+    def part_rows(self) -> int:
+        return tiles.cdiv(self.problem.packed, EIGHT) * EIGHT
+
+    def leave_part(self, item: Item, o, lse) -> None:
+        first, last = self.plan.parts(item)
+        packed = iota(ROWS, ROW)
+        at = self.place(self.worker, first)
+        rows = jnp.where(packed < item.q_len * self.problem.group, packed + at, -1)
+        hopper_lanes.store_rows(self.part, rows, o, WGMMA)
+        hopper_lanes.store_rows(self.part_lse, rows, lse, WGMMA)
+        self.meet()
+        # Each warp finds out by itself whether its quarter of the columns is to be merged here.
+        arrived = hopper_lanes.count_arrival(self.counters.at[4 * first + hopper_lanes.warp()])
+        pl.when(arrived == last - first)(partial(self.merge, item, first, last))
+
+    def place(self, worker, first) -> Array:
+        """Where the part of a worker begins, of an item that worker `first` begins."""
+        return (2 * worker + jnp.where(worker == first, 1, 0)) * self.part_rows
+
+    def merge(self, item: Item, first, last) -> None:
+        rows = tiles.cdiv(self.problem.packed, EIGHT)
+        if rows == 1:
+            return self.merge_eight(item, first, last, 0)
+        used = lax.div(item.q_len * self.problem.group + (EIGHT - 1), jnp.int32(EIGHT))
+        return lax.fori_loop(0, used, lambda i, _: self.merge_eight(item, first, last, EIGHT * i), None)
+
+    def merge_eight(self, item: Item, first, last, row) -> None:
+        shape = EIGHT, self.part.shape[1]
+
+        def some(i, state):
+            o, m, l = state
+            parts = [self.read_part(first, last, first + i * AT_ONCE + n, row) for n in range(AT_ONCE)]
+            higher = m
+            for _, lse in parts:
+                higher = jnp.maximum(higher, lse)
+            alpha = jnp.exp2(m - higher)
+            o, l = o * hopper_lanes.along(alpha, shape, MERGED), l * alpha
+            for part, lse in parts:
+                weight = jnp.exp2(lse - higher)
+                o, l = o + part * hopper_lanes.along(weight, shape, MERGED), l + weight
+            return o, higher, l
+
+        of_rows = MERGED.reduce(1)
+        o = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MERGED)
+        m = plgpu.layout_cast(jnp.full((EIGHT,), NEVER, jnp.float32), of_rows)
+        l = plgpu.layout_cast(jnp.zeros((EIGHT,), jnp.float32), of_rows)
+        o, m, l = lax.fori_loop(0, lax.div(last - first + AT_ONCE, jnp.int32(AT_ONCE)), some, (o, m, l))
+        seen = l != 0
+        o = o * hopper_lanes.along(jnp.where(seen, 1 / l, 0.0), shape, MERGED)
+        lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
+        packed = iota(EIGHT, of_rows) + row
+        self.write(item, o, lse, packed, MERGED)
+
+    def read_part(self, first, last, worker, row) -> tuple[Array, Array]:
+        """What a worker found for eight rows; past the last one, something of no weight."""
+        at = pl.ds(self.place(jnp.minimum(worker, last), first) + row, EIGHT)
+        part = plgpu.load(self.part.at[at], layout=MERGED, optimized=False)
+        lse = plgpu.load(self.part_lse.at[at], layout=MERGED.reduce(1), optimized=False)
+        return part, lse + jnp.where(worker <= last, 0.0, -jnp.inf)
+
+    def clear_padding(self) -> None:
+        """Tokens that belong to no row give 0, and an lse of -inf."""
+        problem, packed = self.problem, iota(ROWS, ROW)
+        first = self.plan.cu_q_lens[self.plan.rows]
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), self.out.dtype), WGMMA)
+        nothing = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+
+        def one_token(i, _):
+            token = first + self.worker + i * self.plan.workers
+            for start in range(0, problem.heads, ROWS):
+                head = packed + start
+                there = head < problem.heads
+                hopper_lanes.store_rows(self.out, jnp.where(there, head + token * problem.heads, -1), zeros, WGMMA)
+                hopper_lanes.store_rows(self.lse, jnp.where(there, head * problem.tokens + token, -1), nothing, WGMMA)
+
+        mine = problem.tokens - first - self.worker + self.plan.workers - 1
+        lax.fori_loop(0, lax.div(jnp.maximum(mine, 0), jnp.int32(self.plan.workers)), one_token, None)

@@ -1,0 +1,185 @@
+"""Which blocks of keys each worker of the paged decode kernel reads, found in the kernel from the lengths.
+
+All blocks of keys of all rows stand in one line: row after row, in a row head after head. The line is cut into as many
+equal shares as there are workers (stream-K, Osama et al. 2023). A worker so has parts of a few (row, head) items; those
+that others have parts of, too, are merged by the last of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from paxattn.kernels import hopper_lanes, tiles
+from paxattn.kernels.gpu_blocks import ROWS, Scaled, divide
+from paxattn.kernels.hopper_lanes import LANES
+
+SHARED_BYTES = 225 * 1024  # of a block, with room left for barriers
+ROWS_A_LANE = 8
+
+
+@dataclass(frozen=True)
+class Problem(Scaled):
+    """What is static in a call."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    max_q_len: int
+    left: int | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def packed(self) -> int:
+        """Queries of a row that share a KV head, token after token: the rows of its tile."""
+        return self.max_q_len * self.group
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int  # keys
+    slots: int  # tiles of keys or values that a worker has in flight
+    warpgroups: int = 2  # workers in a block of the grid
+
+
+def config_for(problem: Problem) -> Config:
+    """As much in flight as shared memory holds; a worker's step is long enough to hide what a step costs itself."""
+    bytes_a_row = 2 * problem.head_dim
+    warpgroups = 2 if problem.head_dim <= 128 else 1
+    block = 128 if problem.head_dim < 128 else 64
+    room = SHARED_BYTES // warpgroups - ROWS * bytes_a_row
+    return Config(block, room // (block * bytes_a_row), warpgroups)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Item:
+    """Traced: the blocks [block, block + blocks) of a row's keys for one KV head."""
+
+    row: Array
+    head: Array
+    block: Array
+    blocks: Array
+    q_start: Array
+    q_len: Array
+    kv_len: Array
+    begin: Array  # the first key that any query sees
+    before: Array  # blocks in the line before the item's first
+    total: Array  # blocks of the item, whoever reads them
+    unread: Array  # blocks that the worker has left, this item's included
+    share: Array  # blocks of every worker, and how many workers have one more
+    extra: Array
+
+    @property
+    def whole(self) -> Array:
+        return self.blocks == self.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    problem: Problem
+    config: Config
+    workers: int
+    kv_lens: Any  # [R]
+    cu_q_lens: Any  # [R+1]
+
+    @property
+    def rows(self) -> int:
+        return self.kv_lens.shape[0]
+
+    def start(self, worker: Array) -> Item:
+        """The first item of a worker; all lanes of a warp find it together."""
+        heads = self.problem.kv_heads
+        each = min(ROWS_A_LANE, tiles.cdiv(self.rows, LANES))
+        groups = tiles.cdiv(self.rows, LANES * each)
+        counts = self._counts(jnp.int32(0), each)
+
+        def counts_of(group):
+            return counts if groups == 1 else self._counts(group, each)
+
+        def add(group, total):
+            return total + hopper_lanes.warp_sum(sum(n for _, n in counts_of(group)))
+
+        total = _each(groups, add, jnp.int32(0))
+        share, extra = divide(total * heads, self.workers)
+        first = worker * share + jnp.minimum(worker, extra)
+
+        def find(group, found):
+            before, row, before_row = found
+            of_lane = counts_of(group)
+            mine = sum(n for _, n in of_lane)
+            scanned = hopper_lanes.warp_scan(mine)
+            at = before + scanned - mine
+            for candidate, n in of_lane:
+                inside = (first >= at * heads) & (first < (at + n) * heads)
+                row += jnp.where(inside, candidate, 0)
+                before_row += jnp.where(inside, at, 0)
+                at += n
+            return before + hopper_lanes.from_lane(scanned, jnp.int32(LANES - 1)), row, before_row
+
+        _, row, before_row = _each(groups, find, (jnp.int32(0),) * 3)
+        row, before_row = hopper_lanes.warp_sum(row), hopper_lanes.warp_sum(before_row)
+        unread = share + jnp.where(worker < extra, 1, 0)
+        *_, count = self._row(row)
+        head, skipped = divide(jnp.maximum(first - before_row * heads, 0), jnp.maximum(count, 1))
+        return self._item(row, head, skipped, first - skipped, unread, share, extra)
+
+    def next(self, item: Item) -> Item:
+        """What the worker reads after `item`; of no blocks where it has read its share."""
+        same_row = item.head + 1 < self.problem.kv_heads
+        row = lax.while_loop(
+            lambda row: (row < self.rows - 1) & (self._row(row)[-1] == 0),
+            lambda row: row + 1,
+            jnp.where(same_row, item.row, jnp.minimum(item.row + 1, self.rows - 1)),
+        )
+        head = jnp.where(same_row, item.head + 1, 0)
+        before = item.before + item.total
+        return self._item(row, head, jnp.int32(0), before, item.unread - item.blocks, item.share, item.extra)
+
+    def parts(self, item: Item) -> tuple[Array, Array]:
+        """The first and the last of the workers that have a part of the item."""
+        return self._worker_of(item, item.before), self._worker_of(item, item.before + item.total - 1)
+
+    def _worker_of(self, item: Item, unit: Array) -> Array:
+        longer = item.extra * (item.share + 1)
+        late = item.extra + lax.div(jnp.maximum(unit - longer, 0), jnp.maximum(item.share, 1))
+        return jnp.where(unit < longer, lax.div(unit, item.share + 1), late)
+
+    def _item(self, row, head, skipped, before, unread, share, extra) -> Item:
+        q_start, q_len, kv_len, begin, first, total = self._row(row)
+        blocks = jnp.minimum(total - skipped, unread)
+        place = row, head, first + skipped, blocks, q_start, q_len, kv_len, begin
+        return Item(*place, before, total, unread, share, extra)
+
+    def _counts(self, group, each: int) -> list[tuple[Array, Array]]:
+        """Of the rows that this lane looks after, each with the number of its blocks; of a group of 32 x each rows."""
+        start = (group * LANES + hopper_lanes.lane()) * each
+        rows = [start + i for i in range(each)]
+        return [(row, jnp.where(row < self.rows, self._row(jnp.minimum(row, self.rows - 1))[-1], 0)) for row in rows]
+
+    def _row(self, row) -> tuple[Array, ...]:
+        """A row's first query and number of queries, keys, first key seen, first block and number of blocks.
+
+        A row of more queries than this kernel takes has no blocks; one that has queries and no keys has one.
+        """
+        block, left = self.config.block, self.problem.left
+        q_start, kv_len = self.cu_q_lens[row], self.kv_lens[row]
+        q_len = self.cu_q_lens[row + 1] - q_start
+        begin = jnp.zeros_like(kv_len) if left is None else jnp.maximum(kv_len - q_len - left, 0)
+        first = lax.div(begin, jnp.asarray(block, jnp.int32))
+        end = lax.div(kv_len + (block - 1), jnp.asarray(block, jnp.int32))
+        served = (q_len > 0) & (q_len <= self.problem.max_q_len)
+        return q_start, q_len, kv_len, begin, first, jnp.where(served, jnp.maximum(end - first, 1), 0)
+
+
+def _each(count: int, body: Any, state: Any) -> Any:
+    return body(jnp.int32(0), state) if count == 1 else lax.fori_loop(0, count, body, state)

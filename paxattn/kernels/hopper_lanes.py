@@ -1,0 +1,157 @@
+"""What lanes and rows do apart on Hopper, below Pallas.
+
+In a kernel a scalar is a register of each thread, and nothing demands that it be the same in all of them. So scalars
+that start from `lane()` run as in CUDA, and the functions here are what a warp exchanges. And a row of an array in
+registers can be loaded from and stored to a place of its own, or left out.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+SCALAR = plgpu.Layout.WG_SPLAT
+LANES = 32
+
+
+def lane() -> Array:
+    """The number of this lane in its warp."""
+    return _int32("mov.u32 $0, %laneid;")
+
+
+def warp() -> Array:
+    """The number of this warp in its warpgroup."""
+    return _int32("{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 5; and.b32 $0, t, 3; }")
+
+
+def warp_sum(x: Array) -> Array:
+    """The sum of the int32 x over the lanes."""
+    return _int32("redux.sync.add.s32 $0, $1, 0xffffffff;", x)
+
+
+def warp_scan(x: Array) -> Array:
+    """The sum of the int32 x over this lane and those below."""
+    step = "shfl.sync.up.b32 t|p, $0, {0}, 0, 0xffffffff; @p add.s32 $0, $0, t;"
+    steps = " ".join(step.format(1 << i) for i in range(5))
+    return _int32("{ .reg .pred p; .reg .b32 t; mov.b32 $0, $1; " + steps + " }", x)
+
+
+def from_lane(x: Array, source: Array) -> Array:
+    """The int32 x that a lane has; the same `source` in all lanes."""
+    return _int32("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", x, source)
+
+
+def _int32(text: str, *operands: Any) -> Array:
+    @plgpu.inline_mgpu(arg_types=(SCALAR,) * len(operands), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+    def issue(_, *operands):
+        i32 = ir.IntegerType.get_signless(32)
+        registers = ",".join(["=&r", *("r" for _ in operands)])
+        value = llvm.inline_asm(i32, [x.registers[()] for x in operands], text, registers, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return issue(*(jnp.asarray(x, jnp.int32) for x in operands))
+
+
+def count_arrival(counter: Any) -> Array:
+    """Add 1 to the int32 in global memory, once for this warp -> what it was.
+
+    Whoever sees a later number also sees all that this warp, or one that it met at a barrier, wrote before.
+    """
+    text = (
+        "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
+        "fence.acq_rel.gpu; @p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; "
+        "shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; bar.warp.sync 0xffffffff; fence.acq_rel.gpu; }"
+    )
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+    def issue(_, counter):
+        i32 = ir.IntegerType.get_signless(32)
+        place = mgpu.utils.memref_ptr(counter)
+        value = llvm.inline_asm(i32, [place], text, "=&r,l,~{memory}", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return issue(counter)
+
+
+def along(x: Array, shape: tuple[int, int], layout: Any) -> Array:
+    """x [M] as [M, D]; for layouts that Pallas does not know, where `lax.broadcast_in_dim` finds none."""
+    type_of = plgpu.ShapeDtypeStruct(shape, x.dtype, layout)
+    return plgpu.inline_mgpu(arg_types=(layout.reduce(1),), return_type=type_of)(
+        lambda _, x: x.broadcast_in_dim(shape, (0,), layout.to_mgpu())
+    )(x)
+
+
+def load_rows(source: Any, rows: Array, layout: Any) -> Array:
+    """source [N, D] or [N] in global memory at each of rows [M]; a negative one gives whatever row 0 holds.
+
+    `layout` is that of an [M, D]; that of rows is reduced over D.
+    """
+    shape, dtype = (*rows.shape, *source.shape[1:]), source.dtype
+    of_rows, of_all = _layouts(shape, layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), of_rows), return_type=plgpu.ShapeDtypeStruct(shape, dtype, of_all))
+    def load(_, source, rows):
+        rows = _along(rows, shape, of_all)
+        registers = rows.registers.copy()
+        element = ir.MemRefType(source.type).element_type
+        type_of = ir.VectorType.get((rows.layout.vector_length,), element)
+        for at, row, place in _places(rows):
+            row = arith.maxsi(row, mgpu.c(0, row.type))
+            registers[at] = vector.load(type_of, source, [_index(row), *place[1:]])
+        is_signed = True if jnp.issubdtype(dtype, jnp.signedinteger) else None
+        return mgpu.FragmentedArray(_registers=registers, _layout=rows.layout, _is_signed=is_signed)
+
+    return load(source, rows)
+
+
+def store_rows(target: Any, rows: Array, x: Array, layout: Any) -> None:
+    """Store x [M, D] or [M] to target [N, D or more] or [N] in global memory, each row to its place in rows [M], unless
+    that is negative."""
+    shape = x.shape
+    of_rows, of_all = _layouts(shape, layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), of_rows, of_all))
+    def store(_, target, rows, x):
+        rows = _along(rows, shape, of_all)
+        for at, row, place in _places(rows):
+            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sge, row, mgpu.c(0, row.type))):
+                vector.store(x.registers[at], target, [_index(row), *place[1:]])
+
+    store(target, rows, x)
+
+
+def _layouts(shape: tuple[int, ...], layout: Any) -> tuple[Any, Any]:
+    """The layout of a number for each row, and that of what stands in the rows."""
+    of_rows = layout.reduce(1)
+    return of_rows, layout if len(shape) > 1 else of_rows
+
+
+def _along(rows: Any, shape: tuple[int, ...], layout: Any) -> Any:
+    return rows.broadcast_in_dim(shape, (0,), layout.to_mgpu()) if len(shape) > 1 else rows
+
+
+def _places(rows: Any) -> Any:
+    """Of every register of `rows`, [M] or the same along D: its index, the row in it, and where it is in the array."""
+    indices = [at for at, _ in _enumerate(rows.registers)]
+    for at, place in zip(indices, rows.layout.thread_idxs(rows.shape), strict=True):
+        row = vector.extract(rows.registers[at], dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+        yield at, row, place
+
+
+def _enumerate(registers: Any) -> Any:
+    at = [0] * registers.ndim
+    for x in registers.flat:
+        yield tuple(at), x
+        for axis in reversed(range(registers.ndim)):
+            at[axis] += 1
+            if at[axis] < registers.shape[axis]:
+                break
+            at[axis] = 0
+
+
+def _index(row: ir.Value) -> ir.Value:
+    return arith.index_cast(ir.IndexType.get(), row)

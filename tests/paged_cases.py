@@ -1,0 +1,119 @@
+"""The combinations that the GPU kernel of paged_attention is tried on: every pair of choices, and the hard ones."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cases import PagedCase
+from flash_cases import SHORT, covering
+
+NUM_COVERING = 190
+
+# One below, at and one above the blocks of 64 and 128 keys; rows of nothing; one row for all workers, and more rows
+# than there are workers.
+LENGTHS = [
+    (1,),
+    (64,),
+    (65, 3),
+    (5, 130, 64),
+    (0, 7, 128, 129),
+    (1100, 611, 63, 127),
+    (40, 0, 2, 2000, 0, 1, 17),
+    (9000, 1, 40),
+    (20000,),
+    (300, 301, 302, 303, 304, 305, 306, 307, 308),
+    tuple(1 + 7 * i % 260 for i in range(300)),
+]
+
+AXES: dict[str, Sequence[Any]] = {
+    "dim": [64, 80, 96, 128, 256],
+    "dtype": ["bfloat16", "float16"],
+    "page_size": [8, 16, 32, 64, 128, 256],
+    "group": [1, 2, 4, 7, 8, 16, 64],
+    "queries": ["one", "one or none", "some"],
+    "kv_lens": LENGTHS,
+    "window": [None, 1, 70, 128, (900, 3)],
+    "dropped": [False, True],
+    "softcap": [None, 2.5],
+    "scale": [None, 0.3],
+    "sinks": [False, True],
+    "padding": [0, 5],
+}
+
+
+def _case(
+    dim, dtype, page_size, group, queries, kv_lens, window, dropped, softcap, scale, sinks, padding, kv_heads=None
+) -> PagedCase:
+    kv_heads = kv_heads or (1 if group == 64 else 2 if group > 4 else 3)
+    most = min(5, 64 // group) if queries == "some" else 1
+    q_lens = tuple(_queries(queries, most, i, kv_len) for i, kv_len in enumerate(kv_lens))
+    dropped = dropped and isinstance(window, int)
+    options = dict(window=window, softcap=softcap, scale=scale, max_q_len=most)
+    flags = dict(window=window is not None, dropped=dropped, softcap=softcap is not None, sinks=sinks)
+    words = [
+        f"d{dim}",
+        SHORT[dtype],
+        f"page{page_size}",
+        f"g{group}",
+        *(word for word, there in flags.items() if there),
+    ]
+    return PagedCase(
+        "_".join(words),
+        q_lens,
+        kv_lens,
+        (group * kv_heads, kv_heads, dim),
+        page_size,
+        padding,
+        {name: x for name, x in options.items() if x is not None},
+        sinks,
+        dropped,
+        dtype,
+    )
+
+
+def _queries(kind: str, most: int, row: int, kv_len: int) -> int:
+    if kind == "one":
+        return 1
+    if kind == "one or none":
+        return (row + kv_len) % 2
+    return min(1 + (row + kv_len) % most, max(kv_len, 1))
+
+
+def _hard(name: str, **changes: Any) -> PagedCase:
+    choices = dict(
+        dim=128,
+        dtype="bfloat16",
+        page_size=16,
+        group=4,
+        queries="one",
+        kv_lens=(5, 130, 64, 1000),
+        window=None,
+        dropped=False,
+        softcap=None,
+        scale=None,
+        sinks=False,
+        padding=0,
+    )
+    return replace(_case(**choices | changes), name=name)
+
+
+HARD = [
+    *(_hard(f"plain_d{dim}", dim=dim) for dim in AXES["dim"]),
+    *(_hard(f"plain_page{page}", page_size=page, kv_lens=(300, 7, 1029, 64)) for page in AXES["page_size"]),
+    *(_hard(f"one_long_row_g{group}", group=group, kv_lens=(40000,)) for group in (1, 8)),
+    _hard("skewed", kv_lens=(30000, *(31 for _ in range(63)))),
+    _hard("nothing_but_padding", kv_lens=(0, 4), queries="one or none", padding=3),
+    _hard("rows_without_keys", kv_lens=(0, 0, 3, 0), sinks=True, dtype="float16"),
+    _hard("sixteen_tokens", group=4, queries="some", kv_lens=(20, 300)),
+    _hard("scale_negative", scale=-0.2),
+    _hard("scale_zero", scale=0.0, dtype="float16"),
+    _hard("window_huge", window=2**31 - 1),
+    _hard("window_beyond_int32", window=2**40),
+    _hard("window_ends_in_a_block", window=65, dropped=True, page_size=8, kv_lens=(64, 65, 128, 129, 5000)),
+    _hard("more_rows_than_a_warp_looks_at_at_once", kv_lens=tuple(i % 50 for i in range(1100)), kv_heads=1, dim=64),
+]
+
+ROWS = covering(AXES, NUM_COVERING, seed=4)
+CASES = [
+    replace(case, name=f"{i}_{case.name}") for i, case in enumerate([*HARD, *(_case(**row) for row in ROWS)], start=1)
+]

@@ -1,0 +1,51 @@
+"""scripts/bench_paged.py on a CPU."""
+
+import json
+
+import pytest
+from test_scripts import run
+
+from scripts import bench_paged as bench
+from scripts.paged.peers import OURS, paged
+from scripts.paged.shapes import SUITES, Shape, inputs
+
+
+def test_end_to_end_on_a_cpu(tmp_path):
+    given = ["2x40+3x1..90 H4/2 D16 page8", "50 H2/1 D32 page16 int8"]
+    out, png = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ["--shapes", *given, "--rounds", 1, "--iterations", 2, "--implementation", "reference"]
+    done = run(*options, "--json", out, "--plot", png, script="bench_paged.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert png.read_bytes().startswith(b"\x89PNG")
+    told = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["shape"] for row in told["rows"]] == given
+    for row in told["rows"]:
+        for one in row["kernels"].values():
+            if one["gbs"]:
+                assert one["gbs"] == pytest.approx(row["bytes_read"] / (one["kernel_ms"] or one["wall_ms"]) / 1e6)
+
+
+def test_a_bad_shape_is_named():
+    done = run("--shapes", "64 H2 D32", script="bench_paged.py")
+    assert done.returncode == 2
+    assert "'64 H2 D32'" in done.stderr
+
+
+def test_a_wrong_kernel_is_not_timed():
+    options = bench.arguments().parse_args(["--rounds", "1", "--iterations", "1"])
+    wrong = lambda shape: lambda x: 1.05 * paged("reference")(shape)(x)
+    makes = {OURS: wrong, "right": paged("reference")}
+    figures = bench.measure(Shape.parse("3x20 H4/2 D16 page8"), makes, options).figures
+    assert figures["right"].gbs
+    assert figures[OURS].gbs is None
+    assert figures[OURS].note.startswith("wrong")
+
+
+def test_what_is_read_is_what_the_anchors_count():
+    sizes = [Shape.parse(text).bytes_read for text in SUITES["anchors"]]
+    assert sizes == [2**29] * 3 + [2**30] + [2**29] * 2 + [2**31, 2**28]
+    shape = Shape.parse("3x20+5x7..30 H4/2 D32 page8 int8")
+    x = inputs(shape)
+    assert x.kv_lens.tolist() == shape.kv_lens
+    assert shape.bytes_read == sum(shape.kv_lens) * 2 * (64 + 2 * 3)
+    assert str(Shape.parse(str(shape))) == str(shape)

@@ -1,0 +1,63 @@
+"""The Hopper kernel of paged_attention on the GPU it is for: `pytest -m gpu tests/test_gpu_paged.py`.
+
+Several processes share the GPU where XLA_PYTHON_CLIENT_PREALLOCATE=false: add `-n 8`, most of the time is compilation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import error, paged_inputs, plain_attention_and_lse
+from paged_cases import CASES
+from test_paged_attention import dense, run
+
+pytestmark = pytest.mark.gpu
+
+GPU = "mosaic_gpu"
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    assert jax.default_backend() == "gpu"
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("the kernel is for Hopper (compute capability 9.0)")
+
+
+def plain(case, inputs, row):
+    """Plain attention of one row in the case's dtype."""
+    q_len, kv_len, start = case.q_lens[row], case.kv_lens[row], sum(case.q_lens[:row])
+    position, key = np.arange(q_len)[:, None] + kv_len - q_len, np.arange(kv_len)[None]
+    window = case.options.get("window")
+    left = window[0] if isinstance(window, tuple) else None if window is None else window - 1
+    seen = (key <= position) & ((left is None) | (key >= position - (left or 0)))
+    options = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
+    k, v = dense(inputs, row, kv_len, case.page_size)
+    q = inputs["q"][None, start : start + q_len]
+    out, _ = plain_attention_and_lse(q, k, v, jnp.asarray(seen)[None], sinks=inputs["sinks"], **options)
+    return out[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle_as_closely_as_plain_attention(case, rng):
+    inputs = paged_inputs(case, rng, case.dtype)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == case.dtype else x, inputs)
+    want, want_lse = (np.asarray(x) for x in run(case, exact, "reference"))
+    (got, lse), *others = [run(case, inputs, GPU) for _ in range(3)]
+
+    assert got.shape == want.shape
+    assert got.dtype == case.dtype
+    assert lse.dtype == jnp.float32
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    some = np.isfinite(want_lse)
+    np.testing.assert_allclose(np.asarray(lse)[some], want_lse[some], atol=2e-3, rtol=1e-3)
+    assert not np.asarray(got, np.float32)[~some.T].any()
+    rows = [row for row, q_len in enumerate(case.q_lens) if q_len and case.kv_lens[row]][:16]
+    tokens = [np.arange(sum(case.q_lens[:row]), sum(case.q_lens[: row + 1])) for row in rows]
+    if rows:
+        chosen = np.concatenate(tokens)
+        of_plain = error(jnp.concatenate([plain(case, inputs, row) for row in rows]), want[chosen])
+        floor = float(jnp.finfo(case.dtype).eps) / 8 * float(np.sqrt(np.mean(want[chosen] ** 2))) + 1e-6
+        assert error(np.asarray(got)[chosen], want[chosen]) <= 2 * of_plain + floor
+        assert error(got, want) <= 4 * of_plain + floor
+    for again in others:
+        assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip((got, lse), again, strict=True))

@@ -1,0 +1,176 @@
+"""The Hopper kernel of paged_attention as far as a machine without a GPU can follow it: it lowers for CUDA."""
+
+import importlib
+import itertools
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flash_cases import pairs, representatives
+from paged_cases import AXES, CASES, ROWS
+from test_gpu_lowering import module_for_cuda
+
+from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
+from paxattn.kernels import gpu_paged_decode
+
+GPU = "mosaic_gpu"
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    module = importlib.import_module(dispatch.MODULES["paged_attention"][GPU])
+    monkeypatch.setattr(module, "on_hopper", lambda: True)
+
+
+def features(case):
+    """What another kernel, or another branch of one, is lowered for."""
+    heads, kv_heads, dim = case.heads
+    return dict(
+        dim=dim,
+        dtype=case.dtype,
+        page_size=case.page_size,
+        group=heads // kv_heads,
+        many_rows=len(case.q_lens) > 256,
+        several=case.options["max_q_len"] > 1,
+        window="window" in case.options,
+        softcap="softcap" in case.options,
+        sinks=case.sinks,
+    )
+
+
+IN_CI = [case.name for case in representatives(CASES, features)]
+SLOW_TOO = [case if case.name in IN_CI else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
+def shapes(q_lens, kv_lens, heads, page_size, dtype, page_dtype=None, sinks=False):
+    array, (h, k, d) = jax.ShapeDtypeStruct, heads
+    width = -(-max(kv_lens) // page_size) + 1
+    pages = array((len(q_lens) * width, page_size, k, d), page_dtype or dtype)
+    inputs = dict(
+        q=array((max(sum(q_lens), 1), h, d), dtype),
+        pages=KVPages(pages, pages),
+        page_table=array((len(q_lens), width), jnp.int32),
+        kv_lens=array((len(q_lens),), jnp.int32),
+        cu_q_lens=array((len(q_lens) + 1,), jnp.int32),
+    )
+    return inputs | ({"sinks": array((h,), jnp.float32)} if sinks else {})
+
+
+def module_of(inputs, **options):
+    op = partial(paged_attention, **options, return_lse=True, implementation=GPU)
+    return module_for_cuda(lambda inputs: op(**inputs), inputs)
+
+
+def tensors(module):
+    return {tuple(map(int, dims.split("x")[:-1])) for dims in re.findall(r"tensor<((?:\d+x)+)[a-z]", module)}
+
+
+@pytest.mark.parametrize("case", SLOW_TOO, ids=str)
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_for_cuda(case):
+    inputs = shapes(case.q_lens, case.kv_lens, case.heads, case.page_size, case.dtype, sinks=case.sinks)
+    assert "custom_call @mosaic_gpu" in module_of(inputs, **case.options)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_no_pages_are_copied_and_nothing_has_the_size_of_what_is_read():
+    inputs = shapes((1,) * 64, (2048,) * 64, (32, 8, 128), 16, "bfloat16")
+    module = module_of(inputs, max_q_len=1)
+    pages = math.prod(inputs["pages"].k.shape)
+    assert {math.prod(shape) for shape in tensors(module) if math.prod(shape) > 2**21} == {pages}
+    assert not re.search(r"stablehlo\.(copy|gather|dynamic_slice|transpose|convert|pad)", module)
+
+
+@pytest.mark.parametrize(
+    ("feature", "changes"),
+    [
+        ("dtype float32", dict(dtype="float32")),
+        ("pages of int8", dict(page_dtype="int8")),
+        ("pages of float16", dict(page_dtype="float16")),
+        ("head dim 72", dict(heads=(8, 2, 72))),
+        ("page size 24", dict(page_size=24)),
+        ("queries a row", dict(q_lens=(40, 1))),
+        ("groups of 65", dict(heads=(65, 1, 64))),
+    ],
+)
+@pytest.mark.usefixtures("on_hopper")
+def test_what_the_kernel_does_not_serve_is_declined_by_name(feature, changes):
+    given = dict(q_lens=(1, 1), kv_lens=(50, 300), heads=(8, 2, 64), page_size=16, dtype="bfloat16")
+    with pytest.raises(NotImplementedError, match=feature):
+        module_of(shapes(**given | changes))
+
+
+def test_a_machine_without_hopper_is_told_so():
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        module_of(shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16"))
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_under_shard_map_over_heads():
+    mesh = jax.sharding.AbstractMesh((1,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    inputs = shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16", sinks=True)
+    new = jax.ShapeDtypeStruct((2, 2, 64), jnp.bfloat16)
+
+    def step(q, pages, table, kv_lens, cu_q_lens, sinks, new, slots):
+        pages = write_pages(pages, new, new, slots, implementation=GPU)
+        options = dict(sinks=sinks, max_q_len=1, implementation=GPU)
+        return paged_attention(q, pages, table, kv_lens, cu_q_lens, **options), pages
+
+    heads, of_pages = P(None, "h", None), P(None, None, "h", None)
+    specs = (heads, of_pages, P(), P(), P(), P("h"), heads, P())
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(heads, of_pages))
+    module = module_for_cuda(sharded, *inputs.values(), new, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert module.count("custom_call @mosaic_gpu") == 2
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_where_the_user_has_64_bits_and_strict_promotion():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        inputs = shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16", sinks=True)
+        assert "custom_call @mosaic_gpu" in module_of(inputs, max_q_len=1, window=40)
+
+
+def test_every_pair_of_choices_is_in_the_list():
+    held = set().union(*map(pairs, ROWS))
+    for a, b in itertools.combinations(AXES, 2):
+        for x, y in itertools.product(AXES[a], AXES[b]):
+            assert ((a, x), (b, y)) in held
+    assert len(CASES) >= 200
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_no_consumer_waits_for_registers_that_the_block_has_not():
+    warpgroups = 3
+    at_start = 65536 // (warpgroups * 128) // 8 * 8
+    shared_out = 2 * gpu_paged_decode.CONSUMER_REGISTERS + gpu_paged_decode.PRODUCER_REGISTERS
+    assert shared_out == warpgroups * at_start
+
+
+def written(tokens, kv_heads, dim, dtype="bfloat16"):
+    pages = jax.eval_shape(lambda: init_pages(40, 16, kv_heads, dim, dtype))
+    new = jax.ShapeDtypeStruct((tokens, kv_heads, dim), jnp.bfloat16)
+    return pages, new, new, jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+
+@pytest.mark.parametrize(("tokens", "kv_heads", "dim"), [(1, 1, 64), (300, 2, 80), (2048, 8, 128), (5, 3, 256)])
+@pytest.mark.usefixtures("on_hopper")
+def test_writes_in_place_in_one_kernel(tokens, kv_heads, dim):
+    run = jax.jit(partial(write_pages, implementation=GPU), donate_argnums=0)
+    module = jax.export.export(run, platforms=["cuda"])(*written(tokens, kv_heads, dim)).mlir_module()
+    assert module.count("custom_call @mosaic_gpu") == 1
+    assert "output_operand_aliases = [#stablehlo.output_operand_alias" in module
+    assert "scatter" not in module
+
+
+@pytest.mark.parametrize(
+    ("feature", "changes"), [("8 numbers a token", dict(dtype="int8")), ("nothing", dict(tokens=0))]
+)
+@pytest.mark.usefixtures("on_hopper")
+def test_what_write_pages_does_not_serve_is_declined_by_name(feature, changes):
+    given = dict(tokens=3, kv_heads=8, dim=64) | changes
+    with pytest.raises(NotImplementedError, match=feature):
+        jax.eval_shape(partial(write_pages, implementation=GPU), *written(**given))

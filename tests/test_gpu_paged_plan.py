@@ -1,0 +1,126 @@
+"""What the workers of the paged decode kernel read and who merges it, with the kernel's own code run in NumPy."""
+
+import itertools
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from test_gpu_plan import Grid
+
+from paxattn.kernels import gpu_blocks, gpu_paged_plan
+from paxattn.kernels.gpu_paged_plan import Config, Plan, Problem
+
+
+class Warp(Grid):
+    """NumPy in place of jnp, lax and what a warp exchanges: a number for each of 32 lanes, or one for all."""
+
+    def lane(self):
+        return np.arange(32)
+
+    def warp_sum(self, x):
+        return np.broadcast_to(x, 32).sum()
+
+    def warp_scan(self, x):
+        return np.broadcast_to(x, 32).cumsum()
+
+    def from_lane(self, x, source):
+        return np.broadcast_to(x, 32)[source]
+
+    def while_loop(self, condition, body, state):
+        while condition(state):
+            state = body(state)
+        return state
+
+
+@pytest.fixture
+def _warp(monkeypatch):
+    warp = Warp()
+    for module in (gpu_blocks, gpu_paged_plan):
+        monkeypatch.setattr(module, "jnp", warp)
+        monkeypatch.setattr(module, "lax", warp)
+    monkeypatch.setattr(gpu_paged_plan, "hopper_lanes", warp)
+
+
+def plans(rng, count):
+    """Rows of every kind: idle, without keys, of more queries than are served; and more rows than a warp has lanes."""
+    for i in range(count):
+        rows = int(rng.choice([1, 2, 7, 31, 64, 250, 257, 600]))
+        q_lens = rng.integers(0, int(rng.choice([2, 5])), rows) if i % 3 else np.ones(rows, int)
+        kv_lens = rng.integers(0, int(rng.choice([2, 70, 3000])), rows) if i % 4 else np.full(rows, 640)
+        kv_lens = kv_lens + q_lens * rng.integers(0, 2)
+        if i % 5 == 0:
+            kv_lens[rng.integers(rows)] = 20000
+        left = None if rng.random() < 0.6 else int(rng.choice([0, 5, 64, 200]))
+        kv_heads, workers = int(rng.integers(1, 9)), int(rng.choice([1, 3, 8, 264]))
+        shape = int(q_lens.sum()), 2 * kv_heads, kv_heads, 128, 16, int(rng.integers(1, 4))
+        problem, config = Problem(*shape, left, 1.0, None), Config(int(rng.choice([64, 128])), 6)
+        yield Plan(problem, config, workers, kv_lens, np.cumsum([0, *q_lens]))
+
+
+def items_of(plan, worker):
+    item = plan.start(np.int64(worker))
+    while item.blocks > 0:
+        yield item
+        item = plan.next(item)
+    assert item.unread == 0
+
+
+def visible_blocks(plan, row):
+    """By the definition of the arguments; one block where queries see nothing."""
+    q_len, kv_len = plan.cu_q_lens[row + 1] - plan.cu_q_lens[row], plan.kv_lens[row]
+    if not 0 < q_len <= plan.problem.max_q_len:
+        return []
+    first = 0 if plan.problem.left is None else max(0, kv_len - q_len - plan.problem.left)
+    return sorted({position // plan.config.block for position in range(first, kv_len)}) or [first // plan.config.block]
+
+
+@pytest.mark.usefixtures("unchecked", "_warp")
+def test_every_block_is_read_once_and_the_shares_are_equal(rng):
+    for plan in plans(rng, 60):
+        read, shares = defaultdict(list), []
+        for worker in range(plan.workers):
+            items = list(items_of(plan, worker))
+            shares.append(sum(int(item.blocks) for item in items))
+            for item in items:
+                read[int(item.row), int(item.head)] += range(int(item.block), int(item.block + item.blocks))
+        heads = range(plan.problem.kv_heads)
+        wanted = {(r, h): blocks for r in range(plan.rows) if (blocks := visible_blocks(plan, r)) for h in heads}
+        assert read == wanted
+        assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.usefixtures("unchecked", "_warp")
+def test_the_parts_of_an_item_are_of_neighbours_and_have_places_of_their_own(rng):
+    for plan in plans(rng, 60):
+        parts, places, counters = defaultdict(list), [], set()
+        for worker in range(plan.workers):
+            for item in items_of(plan, worker):
+                first, last = map(int, plan.parts(item))
+                assert item.whole == (first == last)
+                assert first <= worker <= last
+                if not item.whole:
+                    parts[int(item.row), int(item.head), first, last].append(worker)
+                    places.append(2 * worker + (worker == first))
+        assert len(places) == len(set(places))
+        for (*_, first, last), workers in parts.items():
+            assert workers == list(range(first, last + 1))
+            counters.add(first)
+        assert len(counters) == len(parts)
+
+
+@pytest.mark.usefixtures("unchecked", "_warp")
+def test_one_long_row_is_shared_by_all_workers():
+    problem = Problem(64, 32, 8, 128, 16, 1, None, 1.0, None)
+    plan = Plan(problem, Config(64, 6), 264, np.array([131072] + [512] * 63), np.arange(65))
+    shares = [sum(int(item.blocks) for item in items_of(plan, worker)) for worker in range(264)]
+    assert max(shares) - min(shares) <= 1
+
+
+def test_what_is_in_flight_fits_and_is_enough():
+    for dim, group in itertools.product((64, 80, 96, 128, 256), (1, 8, 64)):
+        problem = Problem(64, 8 * group, 8, dim, 16, 1, None, 1.0, None)
+        config = gpu_paged_plan.config_for(problem)
+        ring = config.warpgroups * config.slots * config.block * dim * 2
+        queries = config.warpgroups * gpu_blocks.ROWS * dim * 2
+        assert ring + queries <= gpu_paged_plan.SHARED_BYTES
+        assert ring - config.warpgroups * 2 * config.block * dim * 2 >= 64 * 1024
