@@ -30,7 +30,7 @@ AXES: dict[str, Sequence[Any]] = {
     "dtype": ["bfloat16", "float16"],
     "page_size": [8, 16, 32, 64, 128, 256],
     "group": [1, 2, 4, 7, 8, 16, 64],
-    "queries": ["one", "one or none", "some"],
+    "queries": ["one", "one or none", "some", "many"],
     "kv_lens": LENGTHS,
     "window": [None, 1, 70, 128, (900, 3)],
     "dropped": [False, True],
@@ -48,7 +48,7 @@ def _case(
     most = min(5, 64 // group) if queries == "some" else 1
     q_lens = tuple(_queries(queries, most, i, kv_len) for i, kv_len in enumerate(kv_lens))
     dropped = dropped and isinstance(window, int)
-    options = dict(window=window, softcap=softcap, scale=scale, max_q_len=most)
+    options = dict(window=window, softcap=softcap, scale=scale, max_q_len=None if queries == "many" else most)
     flags = dict(window=window is not None, dropped=dropped, softcap=softcap is not None, sinks=sinks)
     words = [
         f"d{dim}",
@@ -76,6 +76,8 @@ def _queries(kind: str, most: int, row: int, kv_len: int) -> int:
         return 1
     if kind == "one or none":
         return (row + kv_len) % 2
+    if kind == "many":
+        return 1 if row % 3 == 1 else min(kv_len, (57 * row + kv_len + 200) % 400)
     return min(1 + (row + kv_len) % most, max(kv_len, 1))
 
 
@@ -110,6 +112,11 @@ HARD = [
     _hard("window_huge", window=2**31 - 1),
     _hard("window_beyond_int32", window=2**40),
     _hard("window_ends_in_a_block", window=65, dropped=True, page_size=8, kv_lens=(64, 65, 128, 129, 5000)),
+    *(_hard(f"chunks_d{dim}", dim=dim, queries="many", kv_lens=(700, 5, 300, 3000)) for dim in AXES["dim"]),
+    *(_hard(f"chunks_page{page}", page_size=page, queries="many", kv_lens=(700, 5, 300)) for page in AXES["page_size"]),
+    _hard("chunks_of_windows", queries="many", kv_lens=(700, 5, 300, 3000), window=200, dropped=True, padding=7),
+    _hard("chunks_with_sinks", queries="many", kv_lens=(700, 0, 300, 3000), sinks=True, softcap=3.0, group=7),
+    _hard("chunks_beside_rows_of_nothing", queries="many", kv_lens=(0, 900, 0, 0, 128, 1), page_size=8),
     _hard("more_rows_than_a_warp_looks_at_at_once", kv_lens=tuple(i % 50 for i in range(1100)), kv_heads=1, dim=64),
 ]
 

@@ -34,7 +34,8 @@ def features(case):
         page_size=case.page_size,
         group=heads // kv_heads,
         many_rows=len(case.q_lens) > 256,
-        several=case.options["max_q_len"] > 1,
+        several=case.options.get("max_q_len", 2) > 1,
+        chunks="max_q_len" not in case.options,
         window="window" in case.options,
         softcap="softcap" in case.options,
         sinks=case.sinks,
@@ -92,7 +93,6 @@ def test_no_pages_are_copied_and_nothing_has_the_size_of_what_is_read():
         ("pages of float16", dict(page_dtype="float16")),
         ("head dim 72", dict(heads=(8, 2, 72))),
         ("page size 24", dict(page_size=24)),
-        ("queries a row", dict(q_lens=(40, 1))),
         ("groups of 65", dict(heads=(65, 1, 64))),
     ],
 )

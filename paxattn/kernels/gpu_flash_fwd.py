@@ -307,25 +307,26 @@ class Consumer:
         """Where this warpgroup's first query stands among the keys."""
         return item.q_start + self.wg * ROWS + self.problem.offset
 
-    def end_of(self, item: Item):
-        """How many keys there are."""
-        return self.problem.kv_len
+    def keys_of(self, item: Item) -> tuple[Any, Any]:
+        """The first key that the item may see, None where that is the very first, and where its keys end."""
+        return item.run[:2] if item.run is not None else (None, self.problem.kv_len)
 
     def steps(self, item: Item, count, state):
         """All blocks but the first: those on the right edge under a mask, the open ones, those on the left edge."""
-        problem, config = self.problem, self.config
-        lo, hi = open_range(problem, config.block_kv, self.position(item), ROWS, self.end_of(item))
+        problem, size = self.problem, self.config.block_kv
+        first, last = self.keys_of(item)
+        lo, hi = open_range(problem, size, self.position(item), ROWS, last)
         end = item.lo + item.blocks
+        if first is not None:
+            lo = jnp.maximum(lo, -(-first // size))
         if item.run is not None:
-            first, last, mixed = item.run
-            lo = jnp.where(mixed, end, jnp.maximum(lo, -(-first // config.block_kv)))
-            hi = jnp.minimum(hi, last // config.block_kv)
+            lo = jnp.where(item.run[2], end, lo)
         edge = jnp.clip(end - hi, 1, item.blocks)
         inside = jnp.clip(end - jnp.maximum(lo, item.lo), edge, item.blocks)
         if self.right_edge_spans_blocks():
             state = lax.fori_loop(1, edge, partial(self.step, item, count, True), state)
         state = lax.fori_loop(edge, inside, partial(self.step, item, count, False), state)
-        if problem.left is not None or item.run is not None:
+        if problem.left is not None or first is not None:
             state = lax.fori_loop(inside, item.blocks, partial(self.step, item, count, True), state)
         return state
 
@@ -469,7 +470,7 @@ class Consumer:
         problem, shape = self.problem, s.shape
         q_pos = iota(shape[0], ROW) + self.position(item)
         kv_pos = lax.broadcast_in_dim(iota(shape[1], COL) + block * self.config.block_kv, shape, [1])
-        first, end, _ = item.run or (None, self.end_of(item), None)
+        first, end = self.keys_of(item)
         if problem.right is None:
             seen = kv_pos < end
         else:

@@ -62,6 +62,7 @@ class Place:
     row: Array
     position: Array  # of the first query among the row's keys
     rows: Array  # how many of the tile's queries are the row's
+    begin: Array  # the first key that any of them sees
     end: Array  # how many keys the row has
 
 

@@ -4,10 +4,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.experimental import pallas as pl
 
-from paxattn.kernels import gpu_paged_decode, gpu_paged_plan, gpu_paged_write, online_softmax
-from paxattn.kernels.gpu_blocks import ROWS
+from paxattn.kernels import (
+    gpu_flash_fwd_plan,
+    gpu_paged_decode,
+    gpu_paged_plan,
+    gpu_paged_prefill,
+    gpu_paged_write,
+    hopper,
+    online_softmax,
+)
+from paxattn.kernels.gpu_blocks import ROWS, Problem
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
 from paxattn.kernels.hopper_lanes import LANES
 
@@ -21,18 +30,38 @@ def paged_attention(
     _decline(q, pages)
     tokens, heads, head_dim = q.shape
     _, page_size, kv_heads, _ = pages.k.shape
-    shape = tokens, heads, kv_heads, head_dim, page_size, min(max_q_len or tokens, tokens)
+    longest, few = min(max_q_len or tokens, tokens), ROWS * kv_heads // heads
     left = None if left is None else min(left, page_table.shape[1] * page_size)  # all there is
+    shape = tokens, heads, kv_heads, head_dim, page_size, min(longest, few)
     problem = gpu_paged_plan.Problem(*shape, left, scale, softcap)
-    if problem.packed > ROWS:
-        packed = f"{problem.max_q_len} queries a row in groups of {problem.group}"
-        raise NotImplementedError(f"{packed}: 'mosaic_gpu' serves {ROWS} together; max_q_len says how many there are")
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     config = gpu_paged_plan.config_for(problem)
     arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
     given = jax.tree.leaves(arrays)
-    results = gpu_paged_decode.decode(problem, config, multiprocessors(), *online_softmax.vary_like(arrays, *given))
+    arrays = online_softmax.vary_like(arrays, *given)
+    results = gpu_paged_decode.decode(problem, config, multiprocessors(), *arrays)
+    if longest > few:
+        results = _prefill(problem, few, arrays, results)
     return online_softmax.vary_like(results, *given)
+
+
+def _prefill(problem: gpu_paged_plan.Problem, few: int, arrays: tuple, results: tuple) -> tuple[Array, Array]:
+    """`results`, with those of all rows of more than `few` queries, which the decode kernel leaves out."""
+    q, k, v, page_table, kv_lens, cu_q_lens, sinks = arrays
+    most_keys = page_table.shape[1] * problem.page_size
+    shape = 1, problem.tokens, most_keys, problem.heads, problem.kv_heads, problem.head_dim, problem.head_dim
+    dense = Problem(*shape, problem.left, 0, problem.scale, problem.softcap)
+    config = gpu_flash_fwd_plan.config_for(dense)
+    inputs = q[None], k, v, page_table, kv_lens, cu_q_lens
+    sinks = None if sinks is None else sinks[None]
+
+    def run(inputs, sinks, results):
+        fixed = dense, config, multiprocessors(), few, problem.page_size
+        state = *(x[None] for x in results), jnp.zeros(1, jnp.int32)
+        return pl.run_state(lambda refs: gpu_paged_prefill.prefill(*fixed, inputs, None, sinks, refs))(state)
+
+    out, lse, _ = lax.optimization_barrier(hopper.apart(run)(inputs, sinks, results))
+    return out[0], lse[0]
 
 
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:
@@ -69,5 +98,7 @@ def _decline(q: Array, pages: Any) -> None:
     if pages.k.shape[1] not in PAGE_SIZES:
         served = ", ".join(map(str, PAGE_SIZES))
         raise NotImplementedError(f"page size {pages.k.shape[1]}: 'mosaic_gpu' serves {served}")
+    if q.shape[1] > ROWS * pages.k.shape[2]:
+        raise NotImplementedError(f"groups of {q.shape[1] // pages.k.shape[2]} heads: 'mosaic_gpu' serves up to {ROWS}")
     if 0 in q.shape or 0 in pages.k.shape:
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import gpu_queue, hopper, hopper_lanes
 from paxattn.kernels.gpu_blocks import ROWS, Problem, iota
-from paxattn.kernels.gpu_flash_fwd import Consumer, Producer, Taken, scratch_of, take_items
+from paxattn.kernels.gpu_flash_fwd import LOOK_UP, Consumer, Producer, Taken, scratch_of, take_items
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item
 from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan, most_tiles, tiles_of
 from paxattn.kernels.hopper import CHUNK, ROW
@@ -28,34 +28,38 @@ def prefill(
     longest_left_out: int,
     page_size: int,
     inputs: tuple[Array, ...],
+    skipped: Array | None,
     sinks: Array | None,
-    results: tuple[Any, Any],
+    results: tuple,
 ) -> None:
-    """Write the result of all rows of more than `longest_left_out` queries to the refs out [1,T,H,D] and lse [1,H,T].
+    """Write the result of all rows of more than `longest_left_out` queries to the refs out [1,T,H,D] and lse [1,H,T], the
+    first two of `results`; the third is a counter, 0.
 
-    inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R], cu_q_lens [R+1]; sinks float32 [1,H].
+    inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R], cu_q_lens [R+1]; skipped int32 [1], how many of
+    every row's first keys to leave out; sinks float32 [1,H].
     """
     *arrays, kv_lens, cu_q_lens = inputs
     table, count = tiles_of(cu_q_lens, problem.q_len, config.block_q, longest_left_out)
     ctas = min(num_sms, problem.heads * most_tiles(problem.q_len, len(kv_lens), config.block_q))
     pieces = max(1, config.block_kv // page_size)
     scratch = scratch_of(problem, config, inputs[0].dtype, pieces)
-    scratch |= gpu_queue.scratch(config.warpgroups + 1, FIELDS)
-    body = partial(_kernel, problem, config, ctas, page_size, sinks is not None)
+    scratch |= gpu_queue.scratch(config.warpgroups + 2, FIELDS)
+    given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
+    body = partial(_kernel, problem, config, ctas, page_size, tuple(given))
     call = hopper.kernel(body, ctas, config.warpgroups, scratch)
-    given = () if sinks is None else (sinks,)
-    call(*arrays, kv_lens, cu_q_lens, table, count, *given, *results)
+    call(*arrays, kv_lens, cu_q_lens, table, count, *given.values(), *results)
 
 
-def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, has_sinks: bool, *refs, **smem):
-    q, k, v, page_table, kv_lens, cu_q_lens, table, count, *given, out, lse, counter = refs
-    plan = PagedPlan(problem, config, ctas, table, count, kv_lens, cu_q_lens)
+def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, names: tuple[str, ...], *refs, **smem):
+    q, k, v, page_table, kv_lens, cu_q_lens, table, count, *extra, out, lse, counter = refs
+    given = dict(zip(names, extra, strict=True))
+    plan = PagedPlan(problem, config, ctas, table, count, kv_lens, cu_q_lens, given.get("skipped"))
     wg, feed = lax.axis_index("wg"), Taken(plan, smem)
 
     @pl.when(wg < config.warpgroups)
     def _consumers():
         plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
-        PagedConsumer(problem, config, wg, smem, given[0] if has_sinks else None, None, out, lse).run(feed)
+        PagedConsumer(problem, config, wg, smem, given.get("sinks"), None, out, lse, "skipped" in given).run(feed)
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -63,31 +67,31 @@ def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, has_sin
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 0)(PagedProducer(problem, config, feed, smem, q, k, v, page_table, page_size).run)
-            pl.when(warp == 1)(lambda: take_items(plan, smem, counter))
-
-
-def first_key(problem: Problem, item: Item):
-    """The first key that any query of the tile sees."""
-    assert item.place is not None
-    return jnp.int32(0) if problem.left is None else jnp.maximum(item.place.position - problem.left, 0)
+            pl.when(warp == 0)(lambda: take_items(plan, smem, counter))
+            # Pages are many copies: keys and values have a warp each.
+            for number, name in enumerate("kv", 1):
+                producer = PagedProducer(problem, config, feed, smem, q, k, v, page_table, page_size, name)
+                pl.when(warp == number)(producer.run)
 
 
 @dataclass(frozen=True)
 class PagedProducer(Producer):
-    """The warp that finds the pages of a block in the table, and loads them."""
+    """A warp that finds the pages of a block in the table, and loads their keys, and all queries, or their values."""
 
     page_table: Any
     page_size: int
+    name: str  # "k" or "v"
 
     def stream(self, item: Item, turn, count) -> None:
+        source = self.k if self.name == "k" else self.v
+
         def one_block(j, entries):
-            pl.when(j == jnp.maximum(item.blocks - 4, 0))(self.feed.want)
             # Looked up a block ahead, while this one waits for its slot.
             ahead = self.entries(item, jnp.minimum(j + 1, item.blocks - 1))
-            self.load(self.k, item, count, j, *self.ring("k"), entries)
-            pl.when(j == 0)(lambda: self.load_queries(item, turn))
-            self.load(self.v, item, count, j, *self.ring("v"), entries)
+            self.load(source, item, count, j, *self.ring(self.name), entries)
+            if self.name == "k":
+                pl.when(j == jnp.maximum(item.blocks - LOOK_UP, 0))(self.feed.want)
+                pl.when(j == 0)(lambda: self.load_queries(item, turn))
             return ahead
 
         lax.fori_loop(0, item.blocks, one_block, self.entries(item, jnp.int32(0)))
@@ -98,7 +102,7 @@ class PagedProducer(Producer):
         piece = min(size, self.config.block_kv)
         start = (item.lo + item.blocks - 1 - j) * self.config.block_kv + hopper_lanes.lane() * piece
         page = lax.div(start, jnp.int32(size))
-        seen = (page * size < place.end) & ((page + 1) * size > first_key(self.problem, item))
+        seen = (page * size < place.end) & ((page + 1) * size > place.begin)
         entry = self.page_table[place.row, jnp.minimum(page, self.page_table.shape[1] - 1)]
         return jnp.where(seen, entry, 0)
 
@@ -115,23 +119,28 @@ class PagedProducer(Producer):
 class PagedConsumer(Consumer):
     """A warpgroup's work on its 64 rows of every item, some of which may be the next row's."""
 
+    skips: bool  # whether the first keys of all rows are left out
+
     def position(self, item: Item):
         assert item.place is not None
         return item.place.position + self.wg * ROWS
 
-    def end_of(self, item: Item):
+    def keys_of(self, item: Item) -> tuple[Any, Any]:
         assert item.place is not None
-        return item.place.end
+        return (item.place.begin if self.skips else None), item.place.end
+
+    def right_edge_exists(self) -> bool:
+        return True
 
     def right_edge_spans_blocks(self) -> bool:
-        return True
+        return self.problem.right is not None
 
     def await_values(self, item: Item, j, slot) -> None:
         super().await_values(item, j, slot)
+        assert item.place is not None
         start = (item.lo + item.blocks - 1 - j) * self.config.block_kv
-        begin, end = first_key(self.problem, item), self.end_of(item)
-        unseen = (start < begin) | (start + self.config.block_kv > end)
-        pl.when(unseen)(lambda: self.clear(slot, begin - start, end - start))
+        begin, end = item.place.begin - start, item.place.end - start
+        pl.when((begin > 0) | (end < self.config.block_kv))(lambda: self.clear(slot, begin, end))
 
     def clear(self, slot, begin, end) -> None:
         """Zero the values that no query sees: they may be NaN, which a weight of 0 does not silence.

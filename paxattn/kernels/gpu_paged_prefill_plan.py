@@ -11,7 +11,7 @@ from paxattn.kernels import tiles
 from paxattn.kernels.gpu_blocks import Problem, divide
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item, Place
 
-FIELDS = 9  # of an item
+FIELDS = 10  # of an item
 
 
 def most_tiles(tokens: int, rows: int, size: int) -> int:
@@ -44,6 +44,7 @@ class PagedPlan:
     count: Any
     kv_lens: Any  # [R]
     cu_q_lens: Any  # [R+1]
+    skipped: Any  # [1], how many of every row's first keys are left out; None for none of them
 
     def item(self, index) -> Item:
         """The item of that number; of no blocks where there is none."""
@@ -57,14 +58,16 @@ class PagedPlan:
         q_start, kv_len = self.cu_q_lens[row], self.kv_lens[row]
         q_len = self.cu_q_lens[row + 1] - q_start
         rows, position = jnp.minimum(q_len - start, size), kv_len - q_len + start
-        hi = jnp.maximum(tiles.cdiv(jnp.clip(position + rows, 1, jnp.maximum(kv_len, 1)), block_kv), 1)
-        lo = jnp.int32(0)
+        stop = kv_len if self.problem.right is None else jnp.minimum(position + rows, kv_len)
+        begin = jnp.int32(0) if self.skipped is None else self.skipped[0]
         if self.problem.left is not None:
-            lo = jnp.minimum(lax.div(jnp.maximum(position - self.problem.left, 0), jnp.int32(block_kv)), hi - 1)
-        place = Place(row, position, rows, kv_len)
+            begin = jnp.maximum(begin, position - self.problem.left)
+        hi = lax.div(jnp.maximum(stop, 1) + (block_kv - 1), jnp.int32(block_kv))
+        lo = jnp.minimum(lax.div(begin, jnp.int32(block_kv)), hi - 1)
+        place = Place(row, position, rows, begin, kv_len)
         return Item(jnp.int32(0), head, q_start + start, lo, jnp.where(exists, hi - lo, 0), place=place)
 
     def read(self, fields) -> Item:
         """An item from what it consists of."""
-        *fields, row, position, rows, end = fields
-        return Item(*fields, place=Place(row, position, rows, end))
+        *fields, row, position, rows, begin, end = fields
+        return Item(*fields, place=Place(row, position, rows, begin, end))

@@ -1,0 +1,84 @@
+"""What the paged prefill kernel visits, with its own code run in NumPy."""
+
+import itertools
+
+import numpy as np
+import pytest
+from test_gpu_plan import DIMS, Grid
+
+from paxattn.kernels import (
+    gpu_blocks,
+    gpu_flash_fwd,
+    gpu_flash_fwd_plan,
+    gpu_paged_prefill,
+    gpu_paged_prefill_plan,
+)
+from paxattn.kernels.gpu_blocks import ROWS, Problem
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    grid = Grid()
+    for module in (gpu_blocks, gpu_flash_fwd_plan, gpu_flash_fwd, gpu_paged_prefill_plan, gpu_paged_prefill):
+        monkeypatch.setattr(module, "jnp", grid)
+        if hasattr(module, "lax"):
+            monkeypatch.setattr(module, "lax", grid)
+    return grid
+
+
+class Consumer(gpu_paged_prefill.PagedConsumer):
+    def step(self, item, count, masked, j, state):
+        return (*state, (j, masked))
+
+
+def batches(rng, count):
+    """Problems, the rows' numbers of queries and keys, and how many keys all leave out, or None."""
+    for _ in range(count):
+        rows, kv_heads, group = int(rng.integers(1, 6)), int(rng.integers(1, 3)), int(rng.choice([1, 2, 7]))
+        q_lens = rng.choice([0, 1, 5, 16, 17, 127, 128, 129, 300], rows)
+        kv_lens = np.where(rng.random(rows) < 0.8, q_lens, 0) + rng.choice([0, 1, 64, 127, 128, 500], rows)
+        left = None if rng.random() < 0.5 else int(rng.choice([0, 1, 127, 128, 200]))
+        right = 0 if rng.random() < 0.8 else None
+        dims = DIMS[rng.integers(len(DIMS) - 1)]
+        tokens = int(q_lens.sum() + rng.integers(0, 4)) or 1
+        problem = Problem(1, tokens, 1024, kv_heads * group, kv_heads, *dims, left, right, 1.0, None)
+        yield problem, q_lens, kv_lens, None if rng.random() < 0.6 else np.array([int(rng.choice([0, 1, 100, 128]))])
+
+
+@pytest.mark.usefixtures("unchecked", "grid")
+@pytest.mark.parametrize("left_out", [0, 16])
+def test_every_query_of_a_long_row_is_served_once_and_sees_what_it_should(rng, left_out):
+    for problem, q_lens, kv_lens, skipped in batches(rng, 60):
+        config, cu_q_lens = gpu_flash_fwd_plan.config_for(problem), np.cumsum([0, *q_lens])
+        table, count = gpu_paged_prefill_plan.tiles_of(cu_q_lens, problem.q_len, config.block_q, left_out)
+        plan = gpu_paged_prefill_plan.PagedPlan(problem, config, 7, table, count, kv_lens, cu_q_lens, skipped)
+        items = list(itertools.takewhile(lambda item: item.blocks, map(plan.item, map(np.int64, itertools.count()))))
+        served = np.zeros((problem.heads, problem.q_len), int)
+        for item in items:
+            served[item.head, item.q_start : item.q_start + item.place.rows] += 1
+            check(problem, config, item, int(q_lens[item.place.row]), skipped)
+        of_long = np.repeat(q_lens > left_out, q_lens)
+        np.testing.assert_array_equal(served, np.pad(of_long, (0, problem.q_len - len(of_long)))[None] * np.ones_like(served))
+
+
+def check(problem, config, item, q_len, skipped):
+    size, start, blocks, place = config.block_kv, int(item.lo * config.block_kv), int(item.blocks), item.place
+    assert 0 < place.rows <= config.block_q
+    position = int(place.position) + np.arange(config.block_q)[:, None]
+    assert 0 <= place.position - (place.end - q_len) <= q_len - place.rows
+    keys = np.arange(start + blocks * size + 2 * size)[None]
+    seen = (keys < place.end) & (keys >= (0 if skipped is None else skipped[0]))
+    if problem.right is not None:
+        seen = seen & (keys <= position)
+    if problem.left is not None:
+        seen = seen & (keys >= position - problem.left)
+    seen = np.broadcast_to(seen, (config.block_q, keys.size))
+    columns = np.flatnonzero(seen[: place.rows].any(axis=0))
+    assert not columns.size or (place.begin <= columns[0] and start <= columns[0] and columns[-1] < start + blocks * size)
+    for which in range(config.warpgroups):
+        consumer = Consumer(problem, config, which, {}, None, None, None, None, skipped is not None)
+        steps = [(0, consumer.right_edge_exists()), *consumer.steps(item, 0, ())]
+        assert [j for j, _ in steps] == list(range(blocks))
+        for j, masked in steps:
+            first = start + (blocks - 1 - j) * size
+            assert masked or seen[which * ROWS : (which + 1) * ROWS, first : first + size].all()
