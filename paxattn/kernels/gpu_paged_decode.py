@@ -78,13 +78,14 @@ def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *re
     q, k, v, page_table, kv_lens, cu_q_lens, *given, counters, out, lse, part, part_lse = refs
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     plan = Plan(problem, config, num_sms * config.warpgroups, kv_lens, cu_q_lens)
+    worker = cta * config.warpgroups  # Those of a block start together, so they are of one team.
 
     @pl.when(wg < config.warpgroups)
     def _consumers():
         if config.warpgroups > 1:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         outputs = out, lse, part, part_lse, counters
-        Consumer(plan, wg, wg * num_sms + cta, smem, q, given[0] if has_sinks else None, *outputs).run()
+        Consumer(plan, wg, worker + wg, smem, q, given[0] if has_sinks else None, *outputs).run()
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -94,7 +95,7 @@ def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *re
         @plgpu.warp_map
         def _(warp):
             for which in range(config.warpgroups):
-                pl.when(warp == which)(Producer(plan, which, which * num_sms + cta, smem, k, v, page_table).run)
+                pl.when(warp == which)(Producer(plan, which, worker + which, smem, k, v, page_table).run)
 
 
 @dataclass(frozen=True)
@@ -311,18 +312,19 @@ class Consumer:
     def leave_part(self, item: Item, o, lse) -> None:
         first, last = self.plan.parts(item)
         packed = iota(ROWS, ROW)
-        at = self.place(self.worker, first)
+        at = self.place(item, lax.div(self.worker, jnp.int32(self.plan.team)), first)
         rows = jnp.where(packed < item.q_len * self.problem.group, packed + at, -1)
         hopper_lanes.store_rows(self.part, rows, o, WGMMA)
         hopper_lanes.store_rows(self.part_lse, rows, lse, WGMMA)
         self.meet()
         # Each warp finds out by itself whether its quarter of the columns is to be merged here.
-        arrived = hopper_lanes.count_arrival(self.counters.at[4 * first + hopper_lanes.warp()])
+        at = 4 * self.plan.worker(first, item) + hopper_lanes.warp()
+        arrived = hopper_lanes.count_arrival(self.counters.at[at])
         pl.when(arrived == last - first)(partial(self.merge, item, first, last))
 
-    def place(self, worker, first) -> Array:
-        """Where the part of a worker begins, of an item that worker `first` begins."""
-        return (2 * worker + jnp.where(worker == first, 1, 0)) * self.part_rows
+    def place(self, item: Item, team, first) -> Array:
+        """Where the part of a team begins, of an item that team `first` begins."""
+        return (2 * self.plan.worker(team, item) + jnp.where(team == first, 1, 0)) * self.part_rows
 
     def merge(self, item: Item, first, last) -> None:
         rows = tiles.cdiv(self.problem.packed, EIGHT)
@@ -336,7 +338,7 @@ class Consumer:
 
         def some(i, state):
             o, m, l = state
-            parts = [self.read_part(first, last, first + i * AT_ONCE + n, row) for n in range(AT_ONCE)]
+            parts = [self.read_part(item, first, last, first + i * AT_ONCE + n, row) for n in range(AT_ONCE)]
             higher = m
             for _, lse in parts:
                 higher = jnp.maximum(higher, lse)
@@ -358,12 +360,12 @@ class Consumer:
         packed = iota(EIGHT, of_rows) + row
         self.write(item, o, lse, packed, MERGED)
 
-    def read_part(self, first, last, worker, row) -> tuple[Array, Array]:
-        """What a worker found for eight rows; past the last one, something of no weight."""
-        at = pl.ds(self.place(jnp.minimum(worker, last), first) + row, EIGHT)
+    def read_part(self, item: Item, first, last, team, row) -> tuple[Array, Array]:
+        """What a team found for eight rows; past the last one, something of no weight."""
+        at = pl.ds(self.place(item, jnp.minimum(team, last), first) + row, EIGHT)
         part = plgpu.load(self.part.at[at], layout=MERGED, optimized=False)
         lse = plgpu.load(self.part_lse.at[at], layout=MERGED.reduce(1), optimized=False)
-        return part, lse + jnp.where(worker <= last, 0.0, -jnp.inf)
+        return part, lse + jnp.where(team <= last, 0.0, -jnp.inf)
 
     def clear_padding(self) -> None:
         """Tokens that belong to no row give 0, and an lse of -inf."""
