@@ -18,15 +18,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, hopper_lanes, hopper_pages, tiles
-from paxattn.kernels.gpu_blocks import LOG2E, ROWS, iota
+from paxattn.kernels.gpu_blocks import LOG2E, ROWS, divide, iota
 from paxattn.kernels.gpu_paged_plan import Config, Item, Plan, Problem
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 from paxattn.kernels.hopper_lanes import LANES
 
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
+LINE = 32  # entries of the page table that come together
 EIGHT = 8  # rows that are merged at a time, a quarter of their columns by each warp
 MERGED = plgpu.Layout.TILED(plgpu.Tiling(((EIGHT, 64), (EIGHT, 16), (4,))), (-4,), (-3, -2), -1)
-AT_ONCE = 4  # parts of an item that are on their way together
+FEW = 4  # parts of an item that are on their way together where there are no more, and
+MANY_REGISTERS = 136  # what more of them may fill: a round costs the latency of memory, however many are on their way
 # Registers a thread of two consumers and a producer: the 3 x 168 that they start with, shared out. For more than there
 # are a consumer would wait for ever.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
@@ -111,8 +113,16 @@ class Producer:
     page_table: Any
 
     def run(self) -> None:
+        self.prefetch_table()
         start = self.plan.start(self.worker), jnp.int32(0)
         lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)
+
+    def prefetch_table(self) -> None:
+        """Have the table, or its first megabyte, on its way while the lengths tell which of its rows is needed."""
+        rows, columns = self.page_table.shape
+        at = (self.worker * LANES + hopper_lanes.lane()) * LINE
+        row, column = divide(at, columns)
+        pl.when(row < rows)(lambda: hopper_lanes.prefetch(self.page_table.at[row, column]))
 
     def one_item(self, carry):
         # What is looked up here comes while the tiles of the item before wait to be read.
@@ -335,30 +345,33 @@ class Consumer:
 
     def merge_eight(self, item: Item, first, last, row) -> None:
         shape = EIGHT, self.part.shape[1]
-
-        def some(i, state):
-            o, m, l = state
-            parts = [self.read_part(item, first, last, first + i * AT_ONCE + n, row) for n in range(AT_ONCE)]
-            higher = m
-            for _, lse in parts:
-                higher = jnp.maximum(higher, lse)
-            alpha = jnp.exp2(m - higher)
-            o, l = o * hopper_lanes.along(alpha, shape, MERGED), l * alpha
-            for part, lse in parts:
-                weight = jnp.exp2(lse - higher)
-                o, l = o + part * hopper_lanes.along(weight, shape, MERGED), l + weight
-            return o, higher, l
-
+        many = MANY_REGISTERS // (shape[1] // (128 // EIGHT))
+        rounds = lax.div(jnp.maximum(last - first - FEW, -1) + many, jnp.int32(many))
+        rest = first + rounds * many
+        some = partial(self.add_parts, item, first, last, row)
         of_rows = MERGED.reduce(1)
         o = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MERGED)
         m = plgpu.layout_cast(jnp.full((EIGHT,), NEVER, jnp.float32), of_rows)
         l = plgpu.layout_cast(jnp.zeros((EIGHT,), jnp.float32), of_rows)
-        o, m, l = lax.fori_loop(0, lax.div(last - first + AT_ONCE, jnp.int32(AT_ONCE)), some, (o, m, l))
+        state = lax.fori_loop(0, rounds, lambda i, state: some(first + i * many, many, state), (o, m, l))
+        o, m, l = lax.cond(rest <= last, lambda: some(rest, FEW, state), lambda: state)
         seen = l != 0
         o = o * hopper_lanes.along(jnp.where(seen, 1 / l, 0.0), shape, MERGED)
         lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
-        packed = iota(EIGHT, of_rows) + row
-        self.write(item, o, lse, packed, MERGED)
+        self.write(item, o, lse, iota(EIGHT, of_rows) + row, MERGED)
+
+    def add_parts(self, item: Item, first, last, row, team, count: int, state):
+        o, m, l = state
+        parts = [self.read_part(item, first, last, team + n, row) for n in range(count)]
+        higher = m
+        for _, lse in parts:
+            higher = jnp.maximum(higher, lse)
+        alpha = jnp.exp2(m - higher)
+        o, l = o * hopper_lanes.along(alpha, o.shape, MERGED), l * alpha
+        for part, lse in parts:
+            weight = jnp.exp2(lse - higher)
+            o, l = o + part * hopper_lanes.along(weight, o.shape, MERGED), l + weight
+        return o, higher, l
 
     def read_part(self, item: Item, first, last, team, row) -> tuple[Array, Array]:
         """What a team found for eight rows; past the last one, something of no weight."""

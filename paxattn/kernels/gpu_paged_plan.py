@@ -1,10 +1,10 @@
 """Which blocks of keys each worker of the paged decode kernel reads, found in the kernel from the lengths.
 
-Workers form teams, one worker a KV head: a token's heads are neighbours in memory, and a team reads them at the same time,
-as a row of DRAM is dear to open. More heads than a team has members are several sets. All blocks of keys of all rows stand in
-one line: row after row, in a row set after set. The line is cut into as many equal shares as there are teams (stream-K,
-Osama et al. 2023). A worker so has parts of a few (row, head) items; those that other teams have parts of, too, are merged by
-the last of them.
+Workers form teams, one worker a KV head: a token's heads are neighbours in memory, and a team reads them at the same
+time, as a row of DRAM is dear to open. More heads than a team has members are several sets. All blocks of keys of all
+rows stand in one line: row after row, in a row set after set. The line is cut into as many equal shares as there are
+teams (stream-K, Osama et al. 2023). A worker so has parts of a few (row, head) items; those that other teams have parts
+of, too, are merged by the last of them.
 """
 
 from dataclasses import dataclass

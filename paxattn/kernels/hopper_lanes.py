@@ -56,6 +56,17 @@ def _int32(text: str, *operands: Any) -> Array:
     return issue(*(jnp.asarray(x, jnp.int32) for x in operands))
 
 
+def prefetch(place: Any) -> None:
+    """Have what is at a place in global memory, of each lane, brought near."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def issue(_, place):
+        text, void = "prefetch.global.L2 [$0];", ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [mgpu.utils.memref_ptr(place)], text, "l", has_side_effects=True)
+
+    issue(place)
+
+
 def count_arrival(counter: Any) -> Array:
     """Add 1 to the int32 in global memory, once for this warp -> what it was.
 
