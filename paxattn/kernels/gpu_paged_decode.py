@@ -47,7 +47,7 @@ def decode(
     out_type = (
         jax.ShapeDtypeStruct(queries.shape, q.dtype),
         jax.ShapeDtypeStruct((problem.heads * problem.tokens,), jnp.float32),
-        jax.ShapeDtypeStruct((part_rows, tiles.cdiv(problem.head_dim, CHUNK) * CHUNK), jnp.float32),
+        jax.ShapeDtypeStruct((part_rows, problem.columns), jnp.float32),
         jax.ShapeDtypeStruct((part_rows,), jnp.float32),
     )
     body = partial(_kernel, problem, config, num_sms, sinks is not None)
@@ -66,14 +66,20 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
     return dict(
         q=hopper_pages.tile(wgs, ROWS, problem.head_dim, dtype=dtype),
         kv=hopper_pages.tile(wgs, slots, config.block, problem.head_dim, dtype=dtype),
-        full=plgpu.Barrier(num_arrivals=copies(problem, config), num_barriers=wgs * slots),
+        full=plgpu.Barrier(num_arrivals=arrivals(problem, config), num_barriers=wgs * slots),
         free=plgpu.Barrier(num_barriers=wgs * slots),
     )
 
 
-def copies(problem: Problem, config: Config) -> int:
+def pages_in(problem: Problem, config: Config) -> int:
     """Pages, or parts of them, in a block."""
     return max(1, config.block // problem.page_size)
+
+
+def arrivals(problem: Problem, config: Config) -> int:
+    """Copies that fill a tile."""
+    pages = pages_in(problem, config)
+    return pages * hopper_pages.copies(config.block // pages, problem.head_dim)
 
 
 def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *refs, **smem):
@@ -161,12 +167,13 @@ class Producer:
         slot = lax.rem(count, jnp.int32(config.slots))
         at = self.wg * config.slots + slot
         pl.when(count >= config.slots)(lambda: plgpu.barrier_wait(self.smem["free"].at[at]))
-        rows = config.block // copies(problem, config)
+        rows = config.block // pages_in(problem, config)
         inside = lax.rem((item.block + j) * config.block, jnp.int32(problem.page_size))
-        for i in range(copies(problem, config)):
+        full = self.smem["full"].at[at]
+        for i in range(pages_in(problem, config)):
             row = hopper_lanes.from_lane(entries, lane + i) * problem.page_size + inside
-            target = self.smem["kv"].at[self.wg, slot, pl.ds(i * rows, rows)]
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(row, rows), item.head], target, self.smem["full"].at[at])
+            to = pl.ds(i * rows, rows)
+            hopper_pages.copy_rows(source, row, item.head, self.smem["kv"], (self.wg, slot), to, full)
 
 
 @dataclass(frozen=True)
@@ -201,7 +208,7 @@ class Consumer:
     def one_item(self, carry):
         item, count = carry
         self.load_queries(item)
-        o = plgpu.layout_cast(jnp.zeros((ROWS, self.problem.head_dim), jnp.float32), WGMMA)
+        o = plgpu.layout_cast(jnp.zeros((ROWS, self.problem.columns), jnp.float32), WGMMA)
         m = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), ROW)
         l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
         o, m, l = lax.fori_loop(0, item.blocks, partial(self.step, item, count), (o, m, l))
@@ -219,7 +226,7 @@ class Consumer:
         o, m, l = state
         k_slot, v_slot = (lax.rem(count + 2 * j + i, jnp.int32(self.config.slots)) for i in range(2))
         self.wait_for(k_slot)
-        s = hopper.wait(0, hopper_pages.scores(self.smem["q"].at[self.wg], self.tile(k_slot)))
+        s = hopper.wait(0, hopper_pages.scores(self.smem["q"][1].at[self.wg], self.tile(k_slot)))
         self.release(k_slot)
         p, m, l, alpha = self.softmax(s, m, l, item, item.block + j)
         self.wait_for(v_slot)
@@ -232,7 +239,7 @@ class Consumer:
         return o, m, l
 
     def tile(self, slot) -> Any:
-        return self.smem["kv"].at[self.wg, slot]
+        return self.smem["kv"][1].at[self.wg, slot]
 
     def wait_for(self, slot) -> None:
         plgpu.barrier_wait(self.smem["full"].at[self.wg * self.config.slots + slot])
@@ -244,9 +251,9 @@ class Consumer:
         hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 128)
 
     def load_queries(self, item: Item) -> None:
-        q = hopper_lanes.load_rows(self.q, self.query_rows(item, iota(ROWS, ROW)), WGMMA)
+        q = hopper_lanes.load_rows(self.q, self.query_rows(item, iota(ROWS, ROW)), WGMMA, self.problem.columns)
         self.meet()  # The products of the item before are done in all warps.
-        self.smem["q"][self.wg] = q
+        self.smem["q"][1][self.wg] = q
         hopper.fence()
         self.meet()
 
@@ -295,9 +302,10 @@ class Consumer:
         for first in range(0, self.config.block, ROWS):
             position = iota(ROWS, ROW) + (start + first)
             seen = (position >= item.begin) & (position < item.kv_len)
-            part = tile.at[pl.ds(first, ROWS)]
-            v = part[...]
-            part[...] = jnp.where(lax.broadcast_in_dim(seen, v.shape, [0]), v, jnp.zeros_like(v))
+            for column in range(0, self.problem.columns, CHUNK):  # Few registers are free here.
+                part = tile.at[pl.ds(first, ROWS), pl.ds(column, CHUNK)]
+                v = part[...]
+                part[...] = jnp.where(lax.broadcast_in_dim(seen, v.shape, [0]), v, jnp.zeros_like(v))
         hopper.fence()
         self.meet()
 

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from paxattn.kernels import hopper_lanes, tiles
 from paxattn.kernels.gpu_blocks import ROWS, Scaled, divide
+from paxattn.kernels.hopper import CHUNK
 from paxattn.kernels.hopper_lanes import LANES
 
 SHARED_BYTES = 225 * 1024  # of a block, with room left for barriers
@@ -45,6 +46,11 @@ class Problem(Scaled):
         """Queries of a row that share a KV head, token after token: the rows of its tile."""
         return self.max_q_len * self.group
 
+    @property
+    def columns(self) -> int:
+        """Of a tile in shared memory, which are whole chunks."""
+        return tiles.cdiv(self.head_dim, CHUNK) * CHUNK
+
     def team(self, workers: int) -> int:
         """Workers that read a token's heads side by side."""
         return max(size for size in range(1, self.kv_heads + 1) if self.kv_heads % size == 0 == workers % size)
@@ -59,9 +65,9 @@ class Config:
 
 def config_for(problem: Problem) -> Config:
     """As much in flight as shared memory holds; a worker's step is long enough to hide what a step costs itself."""
-    bytes_a_row = 2 * problem.head_dim
-    warpgroups = 2 if problem.head_dim <= 128 else 1
-    block = 128 if problem.head_dim < 128 else 64
+    bytes_a_row = 2 * problem.columns
+    warpgroups = 2 if problem.columns <= 128 else 1
+    block = 128 if problem.columns < 128 else 64
     room = SHARED_BYTES // warpgroups - ROWS * bytes_a_row
     return Config(block, room // (block * bytes_a_row), warpgroups)
 
