@@ -96,16 +96,33 @@ def test_the_parts_of_an_item_are_of_neighbours_and_have_places_of_their_own(rng
         for worker in range(plan.workers):
             for item in items_of(plan, worker):
                 first, last = map(int, plan.parts(item))
+                team = worker // plan.team
                 assert item.whole == (first == last)
-                assert first <= worker <= last
+                assert first <= team <= last
+                assert plan.worker(team, item) == worker
                 if not item.whole:
-                    parts[int(item.row), int(item.head), first, last].append(worker)
-                    places.append(2 * worker + (worker == first))
+                    parts[int(item.row), int(item.head), first, last, worker % plan.team].append(team)
+                    places.append(2 * worker + (team == first))
         assert len(places) == len(set(places))
-        for (*_, first, last), workers in parts.items():
-            assert workers == list(range(first, last + 1))
-            counters.add(first)
+        for (*_, first, last, member), teams in parts.items():
+            assert teams == list(range(first, last + 1))
+            counters.add((first, member))
         assert len(counters) == len(parts)
+
+
+@pytest.mark.usefixtures("unchecked", "_warp")
+def test_a_team_reads_the_same_blocks_of_neighbouring_heads(rng):
+    for plan in plans(rng, 30):
+        for team in range(plan.teams):
+            of_members = [list(items_of(plan, team * plan.team + member)) for member in range(plan.team)]
+            for items in zip(*of_members, strict=True):
+                assert len({(int(item.row), int(item.block), int(item.blocks)) for item in items}) == 1
+                assert [int(item.head - items[0].head) for item in items] == list(range(plan.team))
+
+
+@pytest.mark.parametrize(("kv_heads", "team"), [(1, 1), (2, 2), (7, 1), (8, 8), (12, 12), (32, 8), (40, 8)])
+def test_the_workers_of_132_multiprocessors_form_teams(kv_heads, team):
+    assert Problem(64, 4 * kv_heads, kv_heads, 128, 16, 1, None, 1.0, None).team(264) == team
 
 
 @pytest.mark.usefixtures("unchecked", "_warp")

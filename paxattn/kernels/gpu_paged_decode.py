@@ -18,15 +18,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, hopper_lanes, hopper_pages, tiles
-from paxattn.kernels.gpu_blocks import LOG2E, ROWS, iota
+from paxattn.kernels.gpu_blocks import LOG2E, ROWS, divide, iota
 from paxattn.kernels.gpu_paged_plan import Config, Item, Plan, Problem
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 from paxattn.kernels.hopper_lanes import LANES
 
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
+LINE = 32  # entries of the page table that come together
 EIGHT = 8  # rows that are merged at a time, a quarter of their columns by each warp
 MERGED = plgpu.Layout.TILED(plgpu.Tiling(((EIGHT, 64), (EIGHT, 16), (4,))), (-4,), (-3, -2), -1)
-AT_ONCE = 4  # parts of an item that are on their way together
+FEW = 4  # parts of an item that are on their way together where there are no more, and
+MANY_REGISTERS = 136  # what more of them may fill: a round costs the latency of memory, however many are on their way
 # Registers a thread of two consumers and a producer: the 3 x 168 that they start with, shared out. For more than there
 # are a consumer would wait for ever.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
@@ -45,7 +47,7 @@ def decode(
     out_type = (
         jax.ShapeDtypeStruct(queries.shape, q.dtype),
         jax.ShapeDtypeStruct((problem.heads * problem.tokens,), jnp.float32),
-        jax.ShapeDtypeStruct((part_rows, tiles.cdiv(problem.head_dim, CHUNK) * CHUNK), jnp.float32),
+        jax.ShapeDtypeStruct((part_rows, problem.columns), jnp.float32),
         jax.ShapeDtypeStruct((part_rows,), jnp.float32),
     )
     body = partial(_kernel, problem, config, num_sms, sinks is not None)
@@ -64,27 +66,34 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
     return dict(
         q=hopper_pages.tile(wgs, ROWS, problem.head_dim, dtype=dtype),
         kv=hopper_pages.tile(wgs, slots, config.block, problem.head_dim, dtype=dtype),
-        full=plgpu.Barrier(num_arrivals=copies(problem, config), num_barriers=wgs * slots),
+        full=plgpu.Barrier(num_arrivals=arrivals(problem, config), num_barriers=wgs * slots),
         free=plgpu.Barrier(num_barriers=wgs * slots),
     )
 
 
-def copies(problem: Problem, config: Config) -> int:
+def pages_in(problem: Problem, config: Config) -> int:
     """Pages, or parts of them, in a block."""
     return max(1, config.block // problem.page_size)
+
+
+def arrivals(problem: Problem, config: Config) -> int:
+    """Copies that fill a tile."""
+    pages = pages_in(problem, config)
+    return pages * hopper_pages.copies(config.block // pages, problem.head_dim)
 
 
 def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *refs, **smem):
     q, k, v, page_table, kv_lens, cu_q_lens, *given, counters, out, lse, part, part_lse = refs
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     plan = Plan(problem, config, num_sms * config.warpgroups, kv_lens, cu_q_lens)
+    worker = cta * config.warpgroups  # Those of a block start together, so they are of one team.
 
     @pl.when(wg < config.warpgroups)
     def _consumers():
         if config.warpgroups > 1:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         outputs = out, lse, part, part_lse, counters
-        Consumer(plan, wg, wg * num_sms + cta, smem, q, given[0] if has_sinks else None, *outputs).run()
+        Consumer(plan, wg, worker + wg, smem, q, given[0] if has_sinks else None, *outputs).run()
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -94,7 +103,7 @@ def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *re
         @plgpu.warp_map
         def _(warp):
             for which in range(config.warpgroups):
-                pl.when(warp == which)(Producer(plan, which, which * num_sms + cta, smem, k, v, page_table).run)
+                pl.when(warp == which)(Producer(plan, which, worker + which, smem, k, v, page_table).run)
 
 
 @dataclass(frozen=True)
@@ -110,8 +119,16 @@ class Producer:
     page_table: Any
 
     def run(self) -> None:
+        self.prefetch_table()
         start = self.plan.start(self.worker), jnp.int32(0)
         lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)
+
+    def prefetch_table(self) -> None:
+        """Have the table, or its first megabyte, on its way while the lengths tell which of its rows is needed."""
+        rows, columns = self.page_table.shape
+        at = (self.worker * LANES + hopper_lanes.lane()) * LINE
+        row, column = divide(at, columns)
+        pl.when(row < rows)(lambda: hopper_lanes.prefetch(self.page_table.at[row, column]))
 
     def one_item(self, carry):
         # What is looked up here comes while the tiles of the item before wait to be read.
@@ -150,12 +167,13 @@ class Producer:
         slot = lax.rem(count, jnp.int32(config.slots))
         at = self.wg * config.slots + slot
         pl.when(count >= config.slots)(lambda: plgpu.barrier_wait(self.smem["free"].at[at]))
-        rows = config.block // copies(problem, config)
+        rows = config.block // pages_in(problem, config)
         inside = lax.rem((item.block + j) * config.block, jnp.int32(problem.page_size))
-        for i in range(copies(problem, config)):
+        full = self.smem["full"].at[at]
+        for i in range(pages_in(problem, config)):
             row = hopper_lanes.from_lane(entries, lane + i) * problem.page_size + inside
-            target = self.smem["kv"].at[self.wg, slot, pl.ds(i * rows, rows)]
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(row, rows), item.head], target, self.smem["full"].at[at])
+            to = pl.ds(i * rows, rows)
+            hopper_pages.copy_rows(source, row, item.head, self.smem["kv"], (self.wg, slot), to, full)
 
 
 @dataclass(frozen=True)
@@ -190,7 +208,7 @@ class Consumer:
     def one_item(self, carry):
         item, count = carry
         self.load_queries(item)
-        o = plgpu.layout_cast(jnp.zeros((ROWS, self.problem.head_dim), jnp.float32), WGMMA)
+        o = plgpu.layout_cast(jnp.zeros((ROWS, self.problem.columns), jnp.float32), WGMMA)
         m = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), ROW)
         l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
         o, m, l = lax.fori_loop(0, item.blocks, partial(self.step, item, count), (o, m, l))
@@ -208,7 +226,7 @@ class Consumer:
         o, m, l = state
         k_slot, v_slot = (lax.rem(count + 2 * j + i, jnp.int32(self.config.slots)) for i in range(2))
         self.wait_for(k_slot)
-        s = hopper.wait(0, hopper_pages.scores(self.smem["q"].at[self.wg], self.tile(k_slot)))
+        s = hopper.wait(0, hopper_pages.scores(self.smem["q"][1].at[self.wg], self.tile(k_slot)))
         self.release(k_slot)
         p, m, l, alpha = self.softmax(s, m, l, item, item.block + j)
         self.wait_for(v_slot)
@@ -221,7 +239,7 @@ class Consumer:
         return o, m, l
 
     def tile(self, slot) -> Any:
-        return self.smem["kv"].at[self.wg, slot]
+        return self.smem["kv"][1].at[self.wg, slot]
 
     def wait_for(self, slot) -> None:
         plgpu.barrier_wait(self.smem["full"].at[self.wg * self.config.slots + slot])
@@ -233,9 +251,9 @@ class Consumer:
         hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 128)
 
     def load_queries(self, item: Item) -> None:
-        q = hopper_lanes.load_rows(self.q, self.query_rows(item, iota(ROWS, ROW)), WGMMA)
+        q = hopper_lanes.load_rows(self.q, self.query_rows(item, iota(ROWS, ROW)), WGMMA, self.problem.columns)
         self.meet()  # The products of the item before are done in all warps.
-        self.smem["q"][self.wg] = q
+        self.smem["q"][1][self.wg] = q
         hopper.fence()
         self.meet()
 
@@ -284,9 +302,10 @@ class Consumer:
         for first in range(0, self.config.block, ROWS):
             position = iota(ROWS, ROW) + (start + first)
             seen = (position >= item.begin) & (position < item.kv_len)
-            part = tile.at[pl.ds(first, ROWS)]
-            v = part[...]
-            part[...] = jnp.where(lax.broadcast_in_dim(seen, v.shape, [0]), v, jnp.zeros_like(v))
+            for column in range(0, self.problem.columns, CHUNK):  # Few registers are free here.
+                part = tile.at[pl.ds(first, ROWS), pl.ds(column, CHUNK)]
+                v = part[...]
+                part[...] = jnp.where(lax.broadcast_in_dim(seen, v.shape, [0]), v, jnp.zeros_like(v))
         hopper.fence()
         self.meet()
 
@@ -311,18 +330,19 @@ class Consumer:
     def leave_part(self, item: Item, o, lse) -> None:
         first, last = self.plan.parts(item)
         packed = iota(ROWS, ROW)
-        at = self.place(self.worker, first)
+        at = self.place(item, lax.div(self.worker, jnp.int32(self.plan.team)), first)
         rows = jnp.where(packed < item.q_len * self.problem.group, packed + at, -1)
         hopper_lanes.store_rows(self.part, rows, o, WGMMA)
         hopper_lanes.store_rows(self.part_lse, rows, lse, WGMMA)
         self.meet()
         # Each warp finds out by itself whether its quarter of the columns is to be merged here.
-        arrived = hopper_lanes.count_arrival(self.counters.at[4 * first + hopper_lanes.warp()])
+        at = 4 * self.plan.worker(first, item) + hopper_lanes.warp()
+        arrived = hopper_lanes.count_arrival(self.counters.at[at])
         pl.when(arrived == last - first)(partial(self.merge, item, first, last))
 
-    def place(self, worker, first) -> Array:
-        """Where the part of a worker begins, of an item that worker `first` begins."""
-        return (2 * worker + jnp.where(worker == first, 1, 0)) * self.part_rows
+    def place(self, item: Item, team, first) -> Array:
+        """Where the part of a team begins, of an item that team `first` begins."""
+        return (2 * self.plan.worker(team, item) + jnp.where(team == first, 1, 0)) * self.part_rows
 
     def merge(self, item: Item, first, last) -> None:
         rows = tiles.cdiv(self.problem.packed, EIGHT)
@@ -333,37 +353,40 @@ class Consumer:
 
     def merge_eight(self, item: Item, first, last, row) -> None:
         shape = EIGHT, self.part.shape[1]
-
-        def some(i, state):
-            o, m, l = state
-            parts = [self.read_part(first, last, first + i * AT_ONCE + n, row) for n in range(AT_ONCE)]
-            higher = m
-            for _, lse in parts:
-                higher = jnp.maximum(higher, lse)
-            alpha = jnp.exp2(m - higher)
-            o, l = o * hopper_lanes.along(alpha, shape, MERGED), l * alpha
-            for part, lse in parts:
-                weight = jnp.exp2(lse - higher)
-                o, l = o + part * hopper_lanes.along(weight, shape, MERGED), l + weight
-            return o, higher, l
-
+        many = MANY_REGISTERS // (shape[1] // (128 // EIGHT))
+        rounds = lax.div(jnp.maximum(last - first - FEW, -1) + many, jnp.int32(many))
+        rest = first + rounds * many
+        some = partial(self.add_parts, item, first, last, row)
         of_rows = MERGED.reduce(1)
         o = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MERGED)
         m = plgpu.layout_cast(jnp.full((EIGHT,), NEVER, jnp.float32), of_rows)
         l = plgpu.layout_cast(jnp.zeros((EIGHT,), jnp.float32), of_rows)
-        o, m, l = lax.fori_loop(0, lax.div(last - first + AT_ONCE, jnp.int32(AT_ONCE)), some, (o, m, l))
+        state = lax.fori_loop(0, rounds, lambda i, state: some(first + i * many, many, state), (o, m, l))
+        o, m, l = lax.cond(rest <= last, lambda: some(rest, FEW, state), lambda: state)
         seen = l != 0
         o = o * hopper_lanes.along(jnp.where(seen, 1 / l, 0.0), shape, MERGED)
         lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
-        packed = iota(EIGHT, of_rows) + row
-        self.write(item, o, lse, packed, MERGED)
+        self.write(item, o, lse, iota(EIGHT, of_rows) + row, MERGED)
 
-    def read_part(self, first, last, worker, row) -> tuple[Array, Array]:
-        """What a worker found for eight rows; past the last one, something of no weight."""
-        at = pl.ds(self.place(jnp.minimum(worker, last), first) + row, EIGHT)
+    def add_parts(self, item: Item, first, last, row, team, count: int, state):
+        o, m, l = state
+        parts = [self.read_part(item, first, last, team + n, row) for n in range(count)]
+        higher = m
+        for _, lse in parts:
+            higher = jnp.maximum(higher, lse)
+        alpha = jnp.exp2(m - higher)
+        o, l = o * hopper_lanes.along(alpha, o.shape, MERGED), l * alpha
+        for part, lse in parts:
+            weight = jnp.exp2(lse - higher)
+            o, l = o + part * hopper_lanes.along(weight, o.shape, MERGED), l + weight
+        return o, higher, l
+
+    def read_part(self, item: Item, first, last, team, row) -> tuple[Array, Array]:
+        """What a team found for eight rows; past the last one, something of no weight."""
+        at = pl.ds(self.place(item, jnp.minimum(team, last), first) + row, EIGHT)
         part = plgpu.load(self.part.at[at], layout=MERGED, optimized=False)
         lse = plgpu.load(self.part_lse.at[at], layout=MERGED.reduce(1), optimized=False)
-        return part, lse + jnp.where(worker <= last, 0.0, -jnp.inf)
+        return part, lse + jnp.where(team <= last, 0.0, -jnp.inf)
 
     def clear_padding(self) -> None:
         """Tokens that belong to no row give 0, and an lse of -inf."""

@@ -1,8 +1,10 @@
 """Which blocks of keys each worker of the paged decode kernel reads, found in the kernel from the lengths.
 
-All blocks of keys of all rows stand in one line: row after row, in a row head after head. The line is cut into as many
-equal shares as there are workers (stream-K, Osama et al. 2023). A worker so has parts of a few (row, head) items; those
-that others have parts of, too, are merged by the last of them.
+Workers form teams, one worker a KV head: a token's heads are neighbours in memory, and a team reads them at the same
+time, as a row of DRAM is dear to open. More heads than a team has members are several sets. All blocks of keys of all
+rows stand in one line: row after row, in a row set after set. The line is cut into as many equal shares as there are
+teams (stream-K, Osama et al. 2023). A worker so has parts of a few (row, head) items; those that other teams have parts
+of, too, are merged by the last of them.
 """
 
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from jax import Array, lax
 
 from paxattn.kernels import hopper_lanes, tiles
 from paxattn.kernels.gpu_blocks import ROWS, Scaled, divide
+from paxattn.kernels.hopper import CHUNK
 from paxattn.kernels.hopper_lanes import LANES
 
 SHARED_BYTES = 225 * 1024  # of a block, with room left for barriers
@@ -43,6 +46,15 @@ class Problem(Scaled):
         """Queries of a row that share a KV head, token after token: the rows of its tile."""
         return self.max_q_len * self.group
 
+    @property
+    def columns(self) -> int:
+        """Of a tile in shared memory, which are whole chunks."""
+        return tiles.cdiv(self.head_dim, CHUNK) * CHUNK
+
+    def team(self, workers: int) -> int:
+        """Workers that read a token's heads side by side."""
+        return max(size for size in range(1, self.kv_heads + 1) if self.kv_heads % size == 0 == workers % size)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -53,9 +65,9 @@ class Config:
 
 def config_for(problem: Problem) -> Config:
     """As much in flight as shared memory holds; a worker's step is long enough to hide what a step costs itself."""
-    bytes_a_row = 2 * problem.head_dim
-    warpgroups = 2 if problem.head_dim <= 128 else 1
-    block = 128 if problem.head_dim < 128 else 64
+    bytes_a_row = 2 * problem.columns
+    warpgroups = 2 if problem.columns <= 128 else 1
+    block = 128 if problem.columns < 128 else 64
     room = SHARED_BYTES // warpgroups - ROWS * bytes_a_row
     return Config(block, room // (block * bytes_a_row), warpgroups)
 
@@ -75,8 +87,8 @@ class Item:
     begin: Array  # the first key that any query sees
     before: Array  # blocks in the line before the item's first
     total: Array  # blocks of the item, whoever reads them
-    unread: Array  # blocks that the worker has left, this item's included
-    share: Array  # blocks of every worker, and how many workers have one more
+    unread: Array  # blocks that the team has left, this item's included
+    share: Array  # blocks of every team, and how many teams have one more
     extra: Array
 
     @property
@@ -96,9 +108,18 @@ class Plan:
     def rows(self) -> int:
         return self.kv_lens.shape[0]
 
+    @property
+    def team(self) -> int:
+        return self.problem.team(self.workers)
+
+    @property
+    def teams(self) -> int:
+        return self.workers // self.team
+
     def start(self, worker: Array) -> Item:
         """The first item of a worker; all lanes of a warp find it together."""
-        heads = self.problem.kv_heads
+        sets = self.problem.kv_heads // self.team
+        team, member = divide(worker, self.team)
         each = min(ROWS_A_LANE, tiles.cdiv(self.rows, LANES))
         groups = tiles.cdiv(self.rows, LANES * each)
         counts = self._counts(jnp.int32(0), each)
@@ -110,8 +131,8 @@ class Plan:
             return total + hopper_lanes.warp_sum(sum(n for _, n in counts_of(group)))
 
         total = _each(groups, add, jnp.int32(0))
-        share, extra = divide(total * heads, self.workers)
-        first = worker * share + jnp.minimum(worker, extra)
+        share, extra = divide(total * sets, self.teams)
+        first = team * share + jnp.minimum(team, extra)
 
         def find(group, found):
             before, row, before_row = found
@@ -120,7 +141,7 @@ class Plan:
             scanned = hopper_lanes.warp_scan(mine)
             at = before + scanned - mine
             for candidate, n in of_lane:
-                inside = (first >= at * heads) & (first < (at + n) * heads)
+                inside = (first >= at * sets) & (first < (at + n) * sets)
                 row += jnp.where(inside, candidate, 0)
                 before_row += jnp.where(inside, at, 0)
                 at += n
@@ -128,28 +149,33 @@ class Plan:
 
         _, row, before_row = _each(groups, find, (jnp.int32(0),) * 3)
         row, before_row = hopper_lanes.warp_sum(row), hopper_lanes.warp_sum(before_row)
-        unread = share + jnp.where(worker < extra, 1, 0)
+        unread = share + jnp.where(team < extra, 1, 0)
         *_, count = self._row(row)
-        head, skipped = divide(jnp.maximum(first - before_row * heads, 0), jnp.maximum(count, 1))
-        return self._item(row, head, skipped, first - skipped, unread, share, extra)
+        index, skipped = divide(jnp.maximum(first - before_row * sets, 0), jnp.maximum(count, 1))
+        return self._item(row, index * self.team + member, skipped, first - skipped, unread, share, extra)
 
     def next(self, item: Item) -> Item:
         """What the worker reads after `item`; of no blocks where it has read its share."""
-        same_row = item.head + 1 < self.problem.kv_heads
+        head = item.head + self.team
+        same_row = head < self.problem.kv_heads
         row = lax.while_loop(
             lambda row: (row < self.rows - 1) & (self._row(row)[-1] == 0),
             lambda row: row + 1,
             jnp.where(same_row, item.row, jnp.minimum(item.row + 1, self.rows - 1)),
         )
-        head = jnp.where(same_row, item.head + 1, 0)
+        head = jnp.where(same_row, head, lax.rem(head, jnp.int32(self.team)))
         before = item.before + item.total
         return self._item(row, head, jnp.int32(0), before, item.unread - item.blocks, item.share, item.extra)
 
     def parts(self, item: Item) -> tuple[Array, Array]:
-        """The first and the last of the workers that have a part of the item."""
-        return self._worker_of(item, item.before), self._worker_of(item, item.before + item.total - 1)
+        """The first and the last of the teams that have a part of the item."""
+        return self._team_of(item, item.before), self._team_of(item, item.before + item.total - 1)
 
-    def _worker_of(self, item: Item, unit: Array) -> Array:
+    def worker(self, team: Array, item: Item) -> Array:
+        """Who of a team reads the item's head."""
+        return team * self.team + lax.rem(item.head, jnp.int32(self.team))
+
+    def _team_of(self, item: Item, unit: Array) -> Array:
         longer = item.extra * (item.share + 1)
         late = item.extra + lax.div(jnp.maximum(unit - longer, 0), jnp.maximum(item.share, 1))
         return jnp.where(unit < longer, lax.div(unit, item.share + 1), late)

@@ -56,6 +56,17 @@ def _int32(text: str, *operands: Any) -> Array:
     return issue(*(jnp.asarray(x, jnp.int32) for x in operands))
 
 
+def prefetch(place: Any) -> None:
+    """Have what is at a place in global memory, of each lane, brought near."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def issue(_, place):
+        text, void = "prefetch.global.L2 [$0];", ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [mgpu.utils.memref_ptr(place)], text, "l", has_side_effects=True)
+
+    issue(place)
+
+
 def count_arrival(counter: Any) -> Array:
     """Add 1 to the int32 in global memory, once for this warp -> what it was.
 
@@ -85,12 +96,14 @@ def along(x: Array, shape: tuple[int, int], layout: Any) -> Array:
     )(x)
 
 
-def load_rows(source: Any, rows: Array, layout: Any) -> Array:
+def load_rows(source: Any, rows: Array, layout: Any, width: int | None = None) -> Array:
     """source [N, D] or [N] in global memory at each of rows [M]; a negative one gives whatever row 0 holds.
 
-    `layout` is that of an [M, D]; that of rows is reduced over D.
+    `layout` is that of an [M, D]; that of rows is reduced over D. Where a width is given, zeros follow the D columns.
     """
     shape, dtype = (*rows.shape, *source.shape[1:]), source.dtype
+    wider = width is not None and width > shape[-1]
+    shape = (shape[0], width) if wider else shape
     of_rows, of_all = _layouts(shape, layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), of_rows), return_type=plgpu.ShapeDtypeStruct(shape, dtype, of_all))
@@ -100,8 +113,14 @@ def load_rows(source: Any, rows: Array, layout: Any) -> Array:
         element = ir.MemRefType(source.type).element_type
         type_of = ir.VectorType.get((rows.layout.vector_length,), element)
         for at, row, place in _places(rows):
-            row = arith.maxsi(row, mgpu.c(0, row.type))
-            registers[at] = vector.load(type_of, source, [_index(row), *place[1:]])
+            row = _index(arith.maxsi(row, mgpu.c(0, row.type)))
+            if not wider:
+                registers[at] = vector.load(type_of, source, [row, *place[1:]])
+                continue
+            inside = _inside(place[1], source)
+            column = arith.select(inside, place[1], mgpu.c(0, place[1].type))
+            zeros = vector.broadcast(type_of, mgpu.c(0, element))
+            registers[at] = arith.select(inside, vector.load(type_of, source, [row, column]), zeros)
         is_signed = True if jnp.issubdtype(dtype, jnp.signedinteger) else None
         return mgpu.FragmentedArray(_registers=registers, _layout=rows.layout, _is_signed=is_signed)
 
@@ -109,16 +128,19 @@ def load_rows(source: Any, rows: Array, layout: Any) -> Array:
 
 
 def store_rows(target: Any, rows: Array, x: Array, layout: Any) -> None:
-    """Store x [M, D] or [M] to target [N, D or more] or [N] in global memory, each row to its place in rows [M], unless
-    that is negative."""
+    """Store x [M, D] or [M] to target [N, D] or [N] in global memory, each row to its place in rows [M], unless that is
+    negative. Columns that the target has not are left out."""
     shape = x.shape
+    wider = len(shape) > 1 and shape[1] > target.shape[1]
     of_rows, of_all = _layouts(shape, layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), of_rows, of_all))
     def store(_, target, rows, x):
         rows = _along(rows, shape, of_all)
         for at, row, place in _places(rows):
-            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sge, row, mgpu.c(0, row.type))):
+            there = arith.cmpi(arith.CmpIPredicate.sge, row, mgpu.c(0, row.type))
+            there = arith.andi(there, _inside(place[1], target)) if wider else there
+            with mgpu.utils.when(there):
                 vector.store(x.registers[at], target, [_index(row), *place[1:]])
 
     store(target, rows, x)
@@ -140,6 +162,10 @@ def _places(rows: Any) -> Any:
     for at, place in zip(indices, rows.layout.thread_idxs(rows.shape), strict=True):
         row = vector.extract(rows.registers[at], dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
         yield at, row, place
+
+
+def _inside(column: ir.Value, array: ir.Value) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.slt, column, mgpu.c(array.type.shape[1], column.type))
 
 
 def _enumerate(registers: Any) -> Any:

@@ -1,41 +1,58 @@
-"""Tiles of whole rows on Hopper, for arrays whose rows come by eights: TMA fills one, or eight rows of it and more, in
-one copy.
+"""Tiles of keys or values on Hopper that TMA fills page by page, for arrays whose rows come by eights.
 
-A tile [R, D] lies in shared memory as boxes of 8 rows and as many columns as the widest swizzle that divides a row.
+A tile [R, D] lies in shared memory as boxes of 8 rows and 64 columns, each swizzled over 128 bytes; columns past D are
+0. One copy fills all boxes of a page where D is whole boxes; else each box is a copy, in which TMA puts zeros past D.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import nvvm
 
-from paxattn.kernels.hopper import WGMMA
+from paxattn.kernels import hopper, tiles
+from paxattn.kernels.hopper import CHUNK, WGMMA
+
+BOX = 8  # rows
+_SWIZZLE = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+_TILED = plgpu.TilingTransform((BOX, CHUNK)), _SWIZZLE  # type: ignore[abstract]
 
 
-def _swizzle(width: int, dtype: Any) -> int:
-    """In bytes."""
-    size = width * jnp.dtype(dtype).itemsize
-    return next(swizzle for swizzle in (128, 64, 32) if size % swizzle == 0)
+def tile(*shape: int, dtype: Any) -> plgpu.RefUnion:
+    """Scratch [..., R, D] under two names: one for `copy_rows`, one for WGMMA, loads and stores."""
+    *outer, rows, width = shape
+    chunks = tiles.cdiv(width, CHUNK)
+    return plgpu.RefUnion(
+        plgpu.SMEM((*outer, rows // BOX, chunks, BOX, CHUNK), dtype, transforms=(_SWIZZLE,)),
+        plgpu.SMEM((*outer, rows, chunks * CHUNK), dtype, transforms=_TILED),
+    )
 
 
-def _transforms(width: int, dtype: Any) -> tuple[Any, Any]:
-    swizzle = _swizzle(width, dtype)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+def copies(rows: int, width: int) -> int:
+    """How often `copy_rows` arrives at its barrier."""
+    return rows // BOX * tiles.cdiv(width, CHUNK) if width % CHUNK else 1
 
 
-def tile(*shape: int, dtype: Any) -> Any:
-    """Scratch [..., R, D]."""
-    return plgpu.SMEM(shape, dtype, transforms=_transforms(shape[-1], dtype))
+def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows: Any, barrier: Any) -> None:
+    """As many rows of a head of source [N,K,D], from `start` on, to `rows` of the tile that stands at `at`."""
+    boxes, tiled = tile
+    width = source.shape[-1]
+    if not width % CHUNK:
+        place = pl.ds(start, rows.size), head
+        plgpu.copy_gmem_to_smem(source.at[place], tiled.at[(*at, rows)], barrier)
+        return
+    for row in range(0, rows.size, BOX):
+        for chunk in range(tiles.cdiv(width, CHUNK)):
+            place = pl.ds(start + row, BOX), head, hopper.columns(chunk, width, start)
+            plgpu.copy_gmem_to_smem(source.at[place], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
 
 
 def scores(a: Any, b: Any) -> Array:
     """a @ b.T of the tiles a [64, D] and b [N, D]: float32 [64, N], in flight until `hopper.wait`."""
-    width, dtype = b.shape[-1], b.dtype
-    tiled = plgpu.RefType(_transforms(width, dtype))
+    tiled = plgpu.RefType(_TILED)
 
     @plgpu.inline_mgpu(
         arg_types=(tiled, tiled),
@@ -43,7 +60,7 @@ def scores(a: Any, b: Any) -> Array:
     )
     def issue(_, x, y):
         acc = mgpu.WGMMAAccumulator.zero(a.shape[-2], b.shape[-2])
-        out = mgpu.wgmma(acc, x, mgpu.memref_transpose(y, (1, 0, 3, 2)), swizzle=_swizzle(width, dtype))
+        out = mgpu.wgmma(acc, x, mgpu.memref_transpose(y, (1, 0, 3, 2)))
         nvvm.wgmma_commit_group_sync_aligned()
         return out.value
 
@@ -52,15 +69,14 @@ def scores(a: Any, b: Any) -> Array:
 
 def accumulate(acc: Array, p: Array, b: Any) -> Array:
     """acc + p @ b for p [64, N] in registers and a tile b [N, D]; in flight until `hopper.wait`."""
-    width, dtype = b.shape[-1], b.dtype
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, WGMMA, plgpu.RefType(_transforms(width, dtype))),
+        arg_types=(WGMMA, WGMMA, plgpu.RefType(_TILED)),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, WGMMA),
     )
     def issue(_, acc, p, b):
         acc = mgpu.WGMMAAccumulator.from_registers(acc)
-        out = mgpu.wgmma(acc, p, b, swizzle=_swizzle(width, dtype))
+        out = mgpu.wgmma(acc, p, b)
         nvvm.wgmma_commit_group_sync_aligned()
         return out.value
 
