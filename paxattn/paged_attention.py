@@ -22,6 +22,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
     max_q_len: int | None = None,
+    shared_prefix_len: Int[Array, ""] | int | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -40,6 +41,8 @@ def paged_attention(
       cu_q_lens: [R+1] ints, 0 and then the running sum of the rows' new tokens.
       scale, window, softcap, sinks: as in `flash_attention`.
       max_q_len: no row has more new tokens than that, as the caller knows at trace time; 1 = pure decode.
+      shared_prefix_len: a hint, which changes no result beyond rounding: how many tokens all rows with queries begin
+        with in the same pages, none of them new in this step. Kernels that can read them once for all rows do.
       return_lse: return (out, lse), lse float32 [H,T].
       implementation: None (the best for the platform), "xla", "mosaic_gpu", "mosaic_tpu" or "reference".
 
@@ -51,6 +54,10 @@ def paged_attention(
       NotImplementedError: the implementation asked for cannot serve the call; the message names the feature.
     """
     _check(q, pages, page_table, kv_lens, cu_q_lens, sinks, max_q_len)
+    if shared_prefix_len is not None:
+        shared_prefix_len = jnp.asarray(shared_prefix_len)
+        checks.check_ints("shared_prefix_len", shared_prefix_len, (), "")
+        shared_prefix_len = jnp.maximum(shared_prefix_len.astype(jnp.int32), 0)
     left, _ = checks.window_bounds(window, causal=True)
     compressed = pages.k_scale is not None
     out, lse = dispatch.call(
@@ -66,6 +73,7 @@ def paged_attention(
         scale=checks.static_scale(scale, q.shape[-1]),
         softcap=checks.static_softcap(softcap),
         max_q_len=max_q_len,
+        shared_prefix_len=shared_prefix_len,
     )
     out = rotate(out) if compressed else out
     return (out, lse) if return_lse else out

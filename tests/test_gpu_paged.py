@@ -3,11 +3,13 @@
 Several processes share the GPU where XLA_PYTHON_CLIENT_PREALLOCATE=false: add `-n 8`, most of the time is compilation.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import error, paged_inputs, plain_attention_and_lse
+from cases import PagedCase, error, paged_inputs, plain_attention_and_lse
 from paged_cases import CASES
 from test_paged_attention import dense, run
 
@@ -61,3 +63,30 @@ def test_equals_the_oracle_as_closely_as_plain_attention(case, rng):
         assert error(got, want) <= 4 * of_plain + floor
     for again in others:
         assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip((got, lse), again, strict=True))
+
+
+def prefix_case(rng, q_lens, prefix, own):
+    """Rows whose first `prefix` tokens stand in the same pages."""
+    case = PagedCase("prefix", q_lens, tuple(prefix + n for n in own), (8, 2, 128), 16, padding=3)
+    inputs = paged_inputs(case, rng, "bfloat16")
+    table = np.array(inputs["page_table"])
+    table[:, : prefix // 16] = table[0, : prefix // 16]
+    if not q_lens[0]:
+        table[0] = -1  # a row without queries, whose entries nobody may look at
+    return case, inputs | dict(page_table=jnp.asarray(table))
+
+
+@pytest.mark.parametrize("prefix", [0, 16, 1008, 2048])
+@pytest.mark.parametrize("q_lens", [(1,) * 9, (0, 1, 1, 1), (40, 1, 300, 2)])
+def test_a_shared_prefix_changes_no_result_beyond_rounding(q_lens, prefix, rng):
+    case, inputs = prefix_case(rng, q_lens, prefix, [n + 5 * i for i, n in enumerate(q_lens)])
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    want, want_lse = run(case, exact, "reference")
+    plainly, _ = run(case, inputs, GPU)
+    shared = replace(case, options=dict(shared_prefix_len=prefix, max_q_len=max(q_lens)))
+    got, lse = run(shared, inputs, GPU)
+    tokens = sum(q_lens)
+    np.testing.assert_allclose(lse[:, :tokens], want_lse[:, :tokens], atol=2e-3, rtol=1e-3)
+    assert np.isneginf(lse[:, tokens:]).all()
+    assert not np.asarray(got, np.float32)[tokens:].any()
+    assert error(got, want) <= 1.5 * error(plainly, want) + 1e-6

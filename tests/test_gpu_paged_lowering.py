@@ -85,6 +85,12 @@ def test_no_pages_are_copied_and_nothing_has_the_size_of_what_is_read():
     assert not re.search(r"stablehlo\.(copy|gather|dynamic_slice|transpose|convert|pad)", module)
 
 
+@pytest.mark.usefixtures("on_hopper")
+def test_a_shared_prefix_is_one_more_kernel():
+    inputs = shapes((1,) * 64, (4224,) * 64, (32, 8, 128), 16, "bfloat16")
+    assert module_of(inputs, max_q_len=1, shared_prefix_len=4096).count("custom_call @mosaic_gpu") == 2
+
+
 @pytest.mark.parametrize(
     ("feature", "changes"),
     [

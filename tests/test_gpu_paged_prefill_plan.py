@@ -58,7 +58,9 @@ def test_every_query_of_a_long_row_is_served_once_and_sees_what_it_should(rng, l
             served[item.head, item.q_start : item.q_start + item.place.rows] += 1
             check(problem, config, item, int(q_lens[item.place.row]), skipped)
         of_long = np.repeat(q_lens > left_out, q_lens)
-        np.testing.assert_array_equal(served, np.pad(of_long, (0, problem.q_len - len(of_long)))[None] * np.ones_like(served))
+        np.testing.assert_array_equal(
+            served, np.pad(of_long, (0, problem.q_len - len(of_long)))[None] * np.ones_like(served)
+        )
 
 
 def check(problem, config, item, q_len, skipped):
@@ -74,7 +76,9 @@ def check(problem, config, item, q_len, skipped):
         seen = seen & (keys >= position - problem.left)
     seen = np.broadcast_to(seen, (config.block_q, keys.size))
     columns = np.flatnonzero(seen[: place.rows].any(axis=0))
-    assert not columns.size or (place.begin <= columns[0] and start <= columns[0] and columns[-1] < start + blocks * size)
+    assert not columns.size or (
+        place.begin <= columns[0] and start <= columns[0] and columns[-1] < start + blocks * size
+    )
     for which in range(config.warpgroups):
         consumer = Consumer(problem, config, which, {}, None, None, None, None, skipped is not None)
         steps = [(0, consumer.right_edge_exists()), *consumer.steps(item, 0, ())]

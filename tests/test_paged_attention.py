@@ -173,3 +173,18 @@ def test_what_is_not_there_declines_by_name():
 def test_pages_is_a_pytree():
     pages = init_pages(6, 4, 2, 8)
     assert jax.tree.map(lambda x: x.dtype, pages) == KVPages(jnp.dtype("bfloat16"), jnp.dtype("bfloat16"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_shared_prefix_is_a_hint(implementation, rng):
+    inputs = paged_inputs(PAGED[0], rng, jnp.float32)
+    want = paged_attention(**inputs, implementation=implementation)
+    got = paged_attention(**inputs, shared_prefix_len=jnp.int32(4), implementation=implementation)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [1.5, jnp.zeros(2, jnp.int32), jnp.float32(3)])
+def test_a_wrong_shared_prefix_len_is_named(wrong, rng):
+    with pytest.raises(ValueError, match="shared_prefix_len"):
+        paged_attention(**paged_inputs(PAGED[0], rng, jnp.float32), shared_prefix_len=wrong)

@@ -160,8 +160,10 @@ class Taken:
 
 
 def take_items(plan: Any, smem: dict, counter) -> None:
-    """Take items for this block and leave them in the ring, each a little before it is needed: to look one up takes long,
-    but what is taken too early may be what another block will wait for."""
+    """Take items for this block and leave them in the ring, each a little before it is needed.
+
+    To look one up takes long, but what is taken too early may be what another block would be ready for first.
+    """
 
     def leave(turn, item):
         gpu_queue.leave(smem, turn, *jax.tree.leaves(item))
@@ -229,7 +231,9 @@ class Producer:
         for w in range(self.config.warpgroups):
             pl.when(turn > self.feed.first)(partial(plgpu.barrier_wait, self.smem["q_free"].at[w]))
             tile = self.smem["q"][0].at[w]
-            hopper.load_tile(self.q.at[item.batch, :, item.head], item.q_start + w * ROWS, tile, self.smem["q_full"].at[w])
+            hopper.load_tile(
+                self.q.at[item.batch, :, item.head], item.q_start + w * ROWS, tile, self.smem["q_full"].at[w]
+            )
 
     def load_k(self, item: Item, count, j) -> None:
         self.load(self.k, item, count, j, *self.ring("k"))
@@ -248,7 +252,7 @@ class Producer:
         pl.when(count + j >= config.stages)(lambda: hopper.bar_sync(free(config, slot), threads))
         self.load_block(source, item, item.lo + item.blocks - 1 - j, tiles.at[slot], full.at[slot], *found)
 
-    def load_block(self, source, item: Item, block, tile, full) -> None:
+    def load_block(self, source, item: Item, block, tile, full, *found) -> None:
         kv_head = lax.div(item.head, self.problem.heads // self.problem.kv_heads)
         hopper.load_tile(source.at[item.batch, :, kv_head], block * self.config.block_kv, tile, full)
 

@@ -128,8 +128,8 @@ class Plan:
 
     def read(self, fields) -> Item:
         """An item with segments, from what it consists of."""
-        *fields, first, end, mixed = fields
-        return Item(*fields, run=(first, end, mixed))
+        batch, head, q_start, lo, blocks, *run = fields
+        return Item(batch, head, q_start, lo, blocks, run=tuple(run))
 
     def _dense_item(self, index) -> Item:
         problem, q_tiles = self.problem, self.q_tiles

@@ -25,7 +25,7 @@ PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
 
 def paged_attention(
-    q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len
+    q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len, shared_prefix_len
 ) -> tuple[Array, Array]:
     _decline(q, pages)
     tokens, heads, head_dim = q.shape
@@ -35,33 +35,70 @@ def paged_attention(
     shape = tokens, heads, kv_heads, head_dim, page_size, min(longest, few)
     problem = gpu_paged_plan.Problem(*shape, left, scale, softcap)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    config = gpu_paged_plan.config_for(problem)
-    arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
+    # Of a window the prefix may be no part.
+    skipped = None if shared_prefix_len is None or left is not None else shared_prefix_len.reshape(1)
+    arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, skipped, sinks
     given = jax.tree.leaves(arrays)
     arrays = online_softmax.vary_like(arrays, *given)
-    results = gpu_paged_decode.decode(problem, config, multiprocessors(), *arrays)
-    if longest > few:
-        results = _prefill(problem, few, arrays, results)
+    results = _rows(problem, longest > few, *arrays)
+    if skipped is not None:
+        results = _merge(results, _prefix(problem, *arrays[:-1]))
     return online_softmax.vary_like(results, *given)
 
 
-def _prefill(problem: gpu_paged_plan.Problem, few: int, arrays: tuple, results: tuple) -> tuple[Array, Array]:
-    """`results`, with those of all rows of more than `few` queries, which the decode kernel leaves out."""
-    q, k, v, page_table, kv_lens, cu_q_lens, sinks = arrays
-    most_keys = page_table.shape[1] * problem.page_size
-    shape = 1, problem.tokens, most_keys, problem.heads, problem.kv_heads, problem.head_dim, problem.head_dim
-    dense = Problem(*shape, problem.left, 0, problem.scale, problem.softcap)
-    config = gpu_flash_fwd_plan.config_for(dense)
+def _rows(problem: gpu_paged_plan.Problem, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
+    """Every row by itself: those of few queries in one kernel, those of many in another."""
+    config = gpu_paged_plan.config_for(problem)
+    results = gpu_paged_decode.decode(problem, config, multiprocessors(), *arrays)
+    if not some_are_long:
+        return results
+    few, page_table = ROWS // problem.group, arrays[3]
+    return _prefill(_dense(problem, page_table, causal=True), problem.page_size, few, arrays, results)
+
+
+def _prefix(problem: gpu_paged_plan.Problem, q, k, v, page_table, kv_lens, cu_q_lens, prefix_len):
+    """All queries over the keys that all rows begin with, as one row that sees all (cascade, Ye et al. 2024)."""
+    row = jnp.argmax(jnp.diff(cu_q_lens) > 0)
+    table = jnp.take(page_table, row[None], axis=0, mode="clip")
+    ends = jnp.stack([jnp.zeros_like(cu_q_lens[-1]), cu_q_lens[-1]])
+    nothing = jnp.zeros_like(q), jnp.full((problem.heads, problem.tokens), -jnp.inf, jnp.float32)
+    dense = _dense(problem, page_table, causal=False)
+    return _prefill(dense, problem.page_size, 0, (q, k, v, table, prefix_len, ends, None, None), nothing)
+
+
+def _dense(problem: gpu_paged_plan.Problem, page_table: Array, causal: bool) -> Problem:
+    """The same as the forward of flash attention knows it."""
+    most_keys, dim = page_table.shape[1] * problem.page_size, problem.head_dim
+    shape = 1, problem.tokens, most_keys, problem.heads, problem.kv_heads, dim, dim
+    return Problem(*shape, problem.left, 0 if causal else None, problem.scale, problem.softcap)
+
+
+def _prefill(
+    problem: Problem, page_size: int, few: int, arrays: tuple, results: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """`results`, with those of all rows of more than `few` queries."""
+    q, k, v, page_table, kv_lens, cu_q_lens, skipped, sinks = arrays
+    config = gpu_flash_fwd_plan.config_for(problem)
     inputs = q[None], k, v, page_table, kv_lens, cu_q_lens
     sinks = None if sinks is None else sinks[None]
 
-    def run(inputs, sinks, results):
-        fixed = dense, config, multiprocessors(), few, problem.page_size
+    def run(inputs, skipped, sinks, results):
+        fixed = problem, config, multiprocessors(), few, page_size
         state = *(x[None] for x in results), jnp.zeros(1, jnp.int32)
-        return pl.run_state(lambda refs: gpu_paged_prefill.prefill(*fixed, inputs, None, sinks, refs))(state)
+        return pl.run_state(lambda refs: gpu_paged_prefill.prefill(*fixed, inputs, skipped, sinks, refs))(state)
 
-    out, lse, _ = lax.optimization_barrier(hopper.apart(run)(inputs, sinks, results))
+    out, lse, _ = lax.optimization_barrier(hopper.apart(run)(inputs, skipped, sinks, results))
     return out[0], lse[0]
+
+
+def _merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Attention over two sets of keys from that over each: out [T,H,D] and lse [H,T]."""
+    (out, lse), (more, more_lse) = one, other
+    whole = jnp.logaddexp(lse, more_lse)
+    shift = jnp.where(jnp.isneginf(whole), 0.0, whole)
+    weights = (jnp.exp(x - shift).T[..., None] for x in (lse, more_lse))
+    own, others = (w * x.astype(jnp.float32) for w, x in zip(weights, (out, more), strict=True))
+    return (own + others).astype(out.dtype), whole
 
 
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:

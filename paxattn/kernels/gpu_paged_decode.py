@@ -35,11 +35,12 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
 
 
 def decode(
-    problem: Problem, config: Config, num_sms: int, q, k, v, page_table, kv_lens, cu_q_lens, sinks
+    problem: Problem, config: Config, num_sms: int, q, k, v, page_table, kv_lens, cu_q_lens, skipped, sinks
 ) -> tuple[Array, Array]:
-    """q [T,H,D], k, v [N,P,K,D], page_table [R,M], sinks float32 [H] or None -> out [T,H,D], lse float32 [H,T].
+    """q [T,H,D], k, v [N,P,K,D], page_table [R,M] -> out [T,H,D], lse float32 [H,T].
 
-    Rows of more than max_q_len queries are left out.
+    Rows of more than max_q_len queries are left out, and of all rows the first `skipped` [1] keys. That and sinks,
+    float32 [H], may be None.
     """
     workers = num_sms * config.warpgroups
     queries, keys, values = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
@@ -50,14 +51,14 @@ def decode(
         jax.ShapeDtypeStruct((part_rows, problem.columns), jnp.float32),
         jax.ShapeDtypeStruct((part_rows,), jnp.float32),
     )
-    body = partial(_kernel, problem, config, num_sms, sinks is not None)
+    given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
+    body = partial(_kernel, problem, config, num_sms, tuple(given))
     call = hopper.kernel(body, num_sms, config.warpgroups, _scratch(problem, config, q.dtype), out_type)
 
     def run(*inputs):
         return call(*inputs, jax.new_ref(jnp.zeros(4 * workers, jnp.int32)))
 
-    given = () if sinks is None else (sinks,)
-    out, lse, *_ = hopper.apart(run)(queries, keys, values, page_table, kv_lens, cu_q_lens, *given)
+    out, lse, *_ = hopper.apart(run)(queries, keys, values, page_table, kv_lens, cu_q_lens, *given.values())
     return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
 
 
@@ -82,10 +83,11 @@ def arrivals(problem: Problem, config: Config) -> int:
     return pages * hopper_pages.copies(config.block // pages, problem.head_dim)
 
 
-def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *refs, **smem):
-    q, k, v, page_table, kv_lens, cu_q_lens, *given, counters, out, lse, part, part_lse = refs
+def _kernel(problem: Problem, config: Config, num_sms: int, names: tuple[str, ...], *refs, **smem):
+    q, k, v, page_table, kv_lens, cu_q_lens, *extra, counters, out, lse, part, part_lse = refs
+    given = dict(zip(names, extra, strict=True))
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    plan = Plan(problem, config, num_sms * config.warpgroups, kv_lens, cu_q_lens)
+    plan = Plan(problem, config, num_sms * config.warpgroups, kv_lens, cu_q_lens, given.get("skipped"))
     worker = cta * config.warpgroups  # Those of a block start together, so they are of one team.
 
     @pl.when(wg < config.warpgroups)
@@ -93,7 +95,7 @@ def _kernel(problem: Problem, config: Config, num_sms: int, has_sinks: bool, *re
         if config.warpgroups > 1:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         outputs = out, lse, part, part_lse, counters
-        Consumer(plan, wg, worker + wg, smem, q, given[0] if has_sinks else None, *outputs).run()
+        Consumer(plan, wg, worker + wg, smem, q, given.get("sinks"), *outputs).run()
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -295,6 +297,8 @@ class Consumer:
         seen = kv_pos <= lax.broadcast_in_dim(q_pos, s.shape, [0])
         if self.problem.left is not None:
             seen &= kv_pos >= lax.broadcast_in_dim(q_pos - self.problem.left, s.shape, [0])
+        if self.plan.skipped is not None:
+            seen &= kv_pos >= item.begin
         return jnp.where(seen, s, -jnp.inf)
 
     def clear_unseen(self, item: Item, start, tile) -> None:

@@ -103,6 +103,7 @@ class Plan:
     workers: int
     kv_lens: Any  # [R]
     cu_q_lens: Any  # [R+1]
+    skipped: Any = None  # [1], how many of every row's first keys are left out
 
     @property
     def rows(self) -> int:
@@ -200,7 +201,9 @@ class Plan:
         block, left = self.config.block, self.problem.left
         q_start, kv_len = self.cu_q_lens[row], self.kv_lens[row]
         q_len = self.cu_q_lens[row + 1] - q_start
-        begin = jnp.zeros_like(kv_len) if left is None else jnp.maximum(kv_len - q_len - left, 0)
+        begin = jnp.zeros_like(kv_len) if self.skipped is None else self.skipped[0]
+        if left is not None:
+            begin = jnp.maximum(begin, kv_len - q_len - left)
         first = lax.div(begin, jnp.asarray(block, jnp.int32))
         end = lax.div(kv_len + (block - 1), jnp.asarray(block, jnp.int32))
         served = (q_len > 0) & (q_len <= self.problem.max_q_len)

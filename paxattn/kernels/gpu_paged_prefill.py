@@ -18,7 +18,7 @@ from paxattn.kernels.gpu_blocks import ROWS, Problem, iota
 from paxattn.kernels.gpu_flash_fwd import LOOK_UP, Consumer, Producer, Taken, scratch_of, take_items
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item
 from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan, most_tiles, tiles_of
-from paxattn.kernels.hopper import CHUNK, ROW
+from paxattn.kernels.hopper import ROW
 
 
 def prefill(
@@ -32,8 +32,9 @@ def prefill(
     sinks: Array | None,
     results: tuple,
 ) -> None:
-    """Write the result of all rows of more than `longest_left_out` queries to the refs out [1,T,H,D] and lse [1,H,T], the
-    first two of `results`; the third is a counter, 0.
+    """Write the result of all rows of more than `longest_left_out` queries to refs out [1,T,H,D] and lse [1,H,T].
+
+    These are the first two of `results`; the third is a counter, 0.
 
     inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R], cu_q_lens [R+1]; skipped int32 [1], how many of
     every row's first keys to leave out; sinks float32 [1,H].
@@ -99,6 +100,7 @@ class PagedProducer(Producer):
     def entries(self, item: Item, j) -> Array:
         """Of the j-th block that is visited the page of a piece in each lane; page 0 where no query sees any of it."""
         size, place = self.page_size, item.place
+        assert place is not None
         piece = min(size, self.config.block_kv)
         start = (item.lo + item.blocks - 1 - j) * self.config.block_kv + hopper_lanes.lane() * piece
         page = lax.div(start, jnp.int32(size))
@@ -106,7 +108,8 @@ class PagedProducer(Producer):
         entry = self.page_table[place.row, jnp.minimum(page, self.page_table.shape[1] - 1)]
         return jnp.where(seen, entry, 0)
 
-    def load_block(self, source, item: Item, block, tile, full, entries) -> None:
+    def load_block(self, source, item: Item, block, tile, full, *found) -> None:
+        (entries,) = found
         kv_head = lax.div(item.head, self.problem.heads // self.problem.kv_heads)
         piece = min(self.page_size, self.config.block_kv)
         inside = lax.rem(block * self.config.block_kv, jnp.int32(self.page_size))

@@ -69,5 +69,5 @@ class PagedPlan:
 
     def read(self, fields) -> Item:
         """An item from what it consists of."""
-        *fields, row, position, rows, begin, end = fields
-        return Item(*fields, place=Place(row, position, rows, begin, end))
+        batch, head, q_start, lo, blocks, *place = fields
+        return Item(batch, head, q_start, lo, blocks, place=Place(*place))

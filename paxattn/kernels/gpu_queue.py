@@ -1,7 +1,7 @@
 """Items that the blocks of a kernel take from a counter, each as soon as it is ready for one.
 
-A block's first item has the block's own number. One of its warps takes the others and leaves what the rest needs to know
-of them in a ring in shared memory, ahead of the warps that work on them.
+A block's first item has the block's own number. One of its warps takes the others and leaves what the rest needs to
+know of them in a ring in shared memory, ahead of the warps that work on them.
 """
 
 from typing import Any

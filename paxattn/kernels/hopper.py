@@ -215,8 +215,10 @@ def store_scalar(target: Any, value: Array) -> None:
 
 
 def store_rows(target: Any, x: Array, start: Any, rows: Any) -> None:
-    """Store the first `rows` rows of x [R] or [R, D], in the layout of WGMMA, from row `start` of target on; columns that
-    it does not have are left out."""
+    """Store the first `rows` rows of x [R] or [R, D], in the layout of WGMMA, from row `start` of target on.
+
+    Columns that target does not have are left out.
+    """
     layout = WGMMA if x.ndim == 2 else ROW
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
@@ -228,7 +230,7 @@ def store_rows(target: Any, x: Array, start: Any, rows: Any) -> None:
         def store_one(value, place):
             exists = arith.cmpi(arith.CmpIPredicate.slt, place[0], rows)
             for column, width in zip(place[1:], shape[1:], strict=True):
-                there = arith.cmpi(arith.CmpIPredicate.slt, column, arith.constant(index, width))
+                there = arith.cmpi(arith.CmpIPredicate.slt, column, mgpu.c(width, index))
                 exists = arith.andi(exists, there)
             with mgpu.utils.when(exists):
                 memref.store(value, target, [arith.addi(start, place[0]), *place[1:]])

@@ -41,8 +41,7 @@ def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows
     boxes, tiled = tile
     width = source.shape[-1]
     if not width % CHUNK:
-        place = pl.ds(start, rows.size), head
-        plgpu.copy_gmem_to_smem(source.at[place], tiled.at[(*at, rows)], barrier)
+        plgpu.copy_gmem_to_smem(source.at[pl.ds(start, rows.size), head], tiled.at[(*at, rows)], barrier)
         return
     for row in range(0, rows.size, BOX):
         for chunk in range(tiles.cdiv(width, CHUNK)):

@@ -49,8 +49,9 @@ class Tiles(NamedTuple):
 
 
 def paged_attention(
-    q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len
+    q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len, shared_prefix_len
 ) -> tuple[Array, Array]:
+    del shared_prefix_len  # a hint
     num_tokens, heads, head_dim = q.shape
     kv_heads = pages.k.shape[2]
     sizes = Sizes.of(num_tokens, kv_lens.shape[0], max_q_len)
