@@ -21,7 +21,6 @@ from paxattn.kernels.gpu_blocks import LOG2E, ROWS, Problem, iota, load_segments
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item, Plan, open_range, segment_bounds
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 
-SEGMENT_FIELDS = 8  # of an item with segments
 LOOK_UP = 4  # blocks of keys that are visited while the next item is looked up
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
 
@@ -42,8 +41,8 @@ def forward(problem: Problem, config: Config, num_sms: int, q, k, v, sinks, q_se
     extra = [x for x in (sinks, q_seg, kv_seg, bounds, kv_ends) if x is not None]
     ctas = min(num_sms, problem.batch * problem.heads * q_tiles)
     body = partial(_kernel, problem, config, ctas, sinks is not None, q_seg is not None)
-    scratch, dealt = scratch_of(problem, config, q.dtype), bounds is None
-    scratch |= {} if dealt else gpu_queue.scratch(config.warpgroups + 1, SEGMENT_FIELDS)
+    scratch, dealt = scratch_of(problem, config, q.dtype), Plan(problem, config, ctas, bounds).dealt
+    scratch |= {} if dealt else gpu_queue.scratch(config.warpgroups)
     call = hopper.kernel(body, ctas, config.warpgroups, scratch, out_type)
     run = call if dealt else lambda *inputs: call(*inputs, jax.new_ref(jnp.zeros(1, jnp.int32)))
     return hopper.apart(run)(q, k, v, *extra)
@@ -74,7 +73,7 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
     counter = next(optional, None)
     wg = lax.axis_index("wg")
     plan = Plan(problem, config, ctas, segments and segments[2])
-    feed = Dealt(plan) if plan.dealt else Taken(plan, smem)
+    feed = Dealt(plan) if plan.dealt else Queued(plan, smem)
 
     def consume(which):
         plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
@@ -91,16 +90,16 @@ def _kernel(problem: Problem, config: Config, ctas: int, has_sinks: bool, has_se
     def _producer():
         plgpu.set_max_registers(24 if config.warpgroups == 2 else 32, action="decrease")
 
+        taking = feed if plan.dealt else Queued(plan, smem, counter)
+
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 0)(Producer(problem, config, feed, smem, q, k, v).run)
-            if not plan.dealt:
-                pl.when(warp == 1)(lambda: take_items(plan, smem, counter))
+            pl.when(warp == 0)(Producer(problem, config, taking, smem, q, k, v).run)
 
 
 def halves_diagonal(problem: Problem, config: Config) -> bool:
     """Whether the first warpgroup sees no more than the first half of the first block that an item visits."""
-    if problem.right is None or config.block_kv != config.block_q or config.warpgroups != 2:
+    if problem.right != 0 or config.block_kv != config.block_q or config.warpgroups != 2:
         return False
     return (problem.offset + problem.right) % config.block_kv == 0
 
@@ -111,9 +110,10 @@ class Dealt:
 
     plan: Plan
     first = 0
+    late = False  # whether the next item is known only when this one is nearly done
 
     def begin(self):
-        return self.after(jnp.int32(-1))
+        return self.plan.index(jnp.int32(0))
 
     def after(self, turn):
         return self.plan.index(turn + 1)
@@ -132,12 +132,29 @@ class Dealt:
 
 
 @dataclass(frozen=True)
+class Queued(Dealt):
+    """The items that the producer takes for its block, by the counter that it alone has; the others read the index."""
+
+    smem: dict
+    counter: Any = None
+
+    def after(self, turn):
+        if self.counter is None:
+            (index,) = gpu_queue.read(self.smem, turn + 1)
+        else:
+            index = gpu_queue.take(self.counter, self.plan.ctas)
+            gpu_queue.leave(self.smem, turn + 1, index)
+        return index
+
+
+@dataclass(frozen=True)
 class Taken:
     """The items that a warp takes for its block, each known by its number in the ring; the last one has no blocks."""
 
     plan: Any
     smem: dict
     first = 1
+    late = True
 
     def begin(self):
         return self.after(jnp.int32(0))
@@ -197,12 +214,12 @@ class Producer:
 
     def one_item(self, carry):
         turn, count, at, item = carry
-        if isinstance(self.feed, Dealt):
+        if not self.feed.late:
             # Looked up while this one's blocks wait for their slots.
             following_at = self.feed.after(turn)
             following = self.feed.item(following_at)
         self.stream(item, turn, count)
-        if isinstance(self.feed, Taken):
+        if self.feed.late:
             self.feed.done(at)
             following_at = self.feed.after(turn)
             following = self.feed.item(following_at)
@@ -219,7 +236,7 @@ class Producer:
             self.load_k(item, count, j + 1)
             self.load_v(item, count, j)
 
-        if self.config.keys_ahead and isinstance(self.feed, Dealt):
+        if self.config.keys_ahead:
             self.load_k(item, count, jnp.int32(0))
             self.load_queries(item, turn)
             lax.fori_loop(0, item.blocks - 1, keys_ahead, None)
@@ -279,6 +296,14 @@ class Consumer:
     lse: Any
 
     def run(self, feed: Any) -> None:
+        at = feed.begin()
+        if feed.late:
+            # How many items there are is known only on the device: they may be fewer than blocks.
+            pl.when(feed.exists(at))(partial(self.run_from, feed, at))
+        else:
+            self.run_from(feed, at)
+
+    def run_from(self, feed: Any, at) -> None:
         pl.when(self.wg == self.config.warpgroups - 1)(lambda: hopper.bar_arrive(hopper.FIRST_BARRIER, 256))
 
         def one_item(carry):
@@ -288,7 +313,7 @@ class Consumer:
             count += item.blocks
             following = feed.after(turn)
             # A taken item is looked at again: what it takes to store it would be held in registers all the while.
-            item = item if isinstance(feed, Dealt) else feed.item(at)
+            item = feed.item(at) if feed.late else item
             state = lax.cond(
                 feed.exists(following),
                 lambda: self.join(item, feed.item(following), count, state),
@@ -297,9 +322,8 @@ class Consumer:
             feed.done(at)
             return turn + 1, following, count, *state
 
-        at = feed.begin()
         start = jnp.int32(feed.first), at, jnp.int32(0), *self.start(feed.item(at))
-        if isinstance(feed, Dealt) and self.problem.right is None:
+        if type(feed) is Dealt and self.problem.right is None:
             # Around blocks that need no mask ptxas makes the better loop of a counted one, elsewhere of the other.
             plan = feed.plan
             lax.fori_loop(0, plan.count(), lambda turn, rest: one_item((turn, plan.index(turn), *rest))[2:], start[2:])
@@ -371,8 +395,9 @@ class Consumer:
         o, m, l, p, *_ = state
         before = lax.rem(count - 1, self.config.stages)
         slot = lax.rem(count, self.config.stages)
+        q = self.queries()
         self.await_values(item, item.blocks - 1, before)
-        s, o, p, *q = self.both(o, p, self.queries(), slot, before, self.first_keys)
+        s, o, p, *q = self.both(o, p, q, slot, before, self.first_keys)
         self.scores_done(following, 0, slot)
         weights, new_m, new_l = self.first_softmax(s, following)
         o, weights = hopper.wait(0, o, weights)
@@ -518,20 +543,16 @@ class Consumer:
         self.leave(item, o, jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf))
 
     def leave(self, item: Item, o, lse) -> None:
-        """Send the rows away; the stores run under the next item."""
-        start = item.q_start + self.wg * ROWS
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.smem["lse"][self.wg] = lse
-        self.send(item, o)
-        target = self.lse.at[item.batch, item.head, pl.ds(start, ROWS)]
-        plgpu.copy_smem_to_gmem(self.smem["lse"].at[self.wg], target)
+        self.send(item, o, lse)
 
-    def send(self, item: Item, o) -> None:
-        """Send the rows of `o`, and what else was written to shared memory, once what was sent before has been read."""
+    def send(self, item: Item, o, lse) -> None:
+        """Send the rows away by TMA, and their lse if it is given; the stores run under the next item."""
         start = item.q_start + self.wg * ROWS
         copied, written = (x.at[self.wg] for x in self.smem["out"])
         slots = written.shape[0]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if lse is not None:
+            self.smem["lse"][self.wg] = lse
         for i in range(o.shape[1] // CHUNK):
             if i >= slots:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
@@ -541,6 +562,9 @@ class Consumer:
             plgpu.copy_smem_to_gmem(
                 copied.at[i % slots], self.out.at[item.batch, pl.ds(start, ROWS), item.head, columns]
             )
+        if lse is not None:
+            target = self.lse.at[item.batch, item.head, pl.ds(start, ROWS)]
+            plgpu.copy_smem_to_gmem(self.smem["lse"].at[self.wg], target)
 
     def take_turn(self) -> None:
         hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 256)

@@ -1,6 +1,6 @@
 """What every block of the forward kernel works on, in which order, and which blocks of keys a query tile visits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -106,7 +106,7 @@ class Plan:
     @property
     def dealt(self) -> bool:
         """Whether blocks take items in a fixed order; with segments, as soon as they are ready for one."""
-        return self.bounds is None
+        return self.bounds is None or self.items <= self.ctas
 
     def index(self, turn):
         """The item that this block works on as number `turn`, none if it is no less than `items`; to and fro."""
@@ -119,17 +119,8 @@ class Plan:
         return jnp.where(self.index(rounds - 1) < self.items, rounds, rounds - 1)
 
     def item(self, index) -> Item:
-        """The item of that number; with segments, of no blocks where there is none."""
-        inside = jnp.minimum(index, self.items - 1)
-        if self.bounds is None:
-            return self._dense_item(inside)
-        item = self._packed_item(inside)
-        return replace(item, blocks=jnp.where(index < self.items, item.blocks, 0))
-
-    def read(self, fields) -> Item:
-        """An item with segments, from what it consists of."""
-        batch, head, q_start, lo, blocks, *run = fields
-        return Item(batch, head, q_start, lo, blocks, run=tuple(run))
+        index = jnp.minimum(index, self.items - 1)
+        return self._dense_item(index) if self.bounds is None else self._packed_item(index)
 
     def _dense_item(self, index) -> Item:
         problem, q_tiles = self.problem, self.q_tiles

@@ -44,7 +44,7 @@ def prefill(
     ctas = min(num_sms, problem.heads * most_tiles(problem.q_len, len(kv_lens), config.block_q))
     pieces = max(1, config.block_kv // page_size)
     scratch = scratch_of(problem, config, inputs[0].dtype, pieces)
-    scratch |= gpu_queue.scratch(config.warpgroups + 2, FIELDS)
+    scratch |= gpu_queue.scratch(config.warpgroups + 2, FIELDS) | gpu_queue.on_demand()
     given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
     body = partial(_kernel, problem, config, ctas, page_size, tuple(given))
     call = hopper.kernel(body, ctas, config.warpgroups, scratch)
@@ -166,4 +166,4 @@ class PagedConsumer(Consumer):
         hopper.store_rows(self.lse.at[0, item.head], lse, start, rows)
         out = self.out.at[0, :, item.head]
         partly = lambda: hopper.store_rows(out, o.astype(self.out.dtype), start, rows)
-        lax.cond(rows >= ROWS, lambda: self.send(item, o), partly)
+        lax.cond(rows >= ROWS, lambda: self.send(item, o, None), partly)

@@ -22,7 +22,6 @@ def scratch(readers: int, size: int = 1) -> dict:
         taken=plgpu.SMEM((SLOTS, size), jnp.int32),
         taken_full=plgpu.Barrier(num_barriers=SLOTS),
         taken_free=plgpu.Barrier(num_arrivals=readers, num_barriers=SLOTS),
-        taken_wanted=plgpu.Barrier(),
     )
 
 
@@ -59,6 +58,11 @@ def look(smem: dict, turn) -> list[Array]:
 
 def free(smem: dict, turn) -> None:
     plgpu.barrier_arrive(smem["taken_free"].at[lax.rem(turn, SLOTS)])
+
+
+def on_demand() -> dict:
+    """What `want` and `await_want` need besides."""
+    return dict(taken_wanted=plgpu.Barrier())
 
 
 def want(smem: dict) -> None:
