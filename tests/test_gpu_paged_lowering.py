@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flash_cases import pairs, representatives
-from paged_cases import AXES, CASES, ROWS
+from paged_cases import AXES, CASES, COMPRESSED, ROWS
 from test_gpu_lowering import module_for_cuda
 
 from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
@@ -45,18 +45,24 @@ IN_CI = [case.name for case in representatives(CASES, features)]
 SLOW_TOO = [case if case.name in IN_CI else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
-def shapes(q_lens, kv_lens, heads, page_size, dtype, page_dtype=None, sinks=False):
+def shapes(q_lens, kv_lens, heads, page_size, dtype, page_dtype=None, sinks=False, scales=0):
     array, (h, k, d) = jax.ShapeDtypeStruct, heads
     width = -(-max(kv_lens) // page_size) + 1
     pages = array((len(q_lens) * width, page_size, k, d), page_dtype or dtype)
+    scale = array((*pages.shape[:3], scales), jnp.float16) if scales else None
     inputs = dict(
         q=array((max(sum(q_lens), 1), h, d), dtype),
-        pages=KVPages(pages, pages),
+        pages=KVPages(pages, pages, scale, scale),
         page_table=array((len(q_lens), width), jnp.int32),
         kv_lens=array((len(q_lens),), jnp.int32),
         cu_q_lens=array((len(q_lens) + 1,), jnp.int32),
     )
     return inputs | ({"sinks": array((h,), jnp.float32)} if sinks else {})
+
+
+def compressed_shapes(case, dtype):
+    inputs = shapes(case.q_lens, case.kv_lens, case.heads, case.page_size, case.dtype, sinks=case.sinks)
+    return inputs | dict(pages=jax.eval_shape(lambda: init_pages(*inputs["pages"].k.shape, dtype)))
 
 
 def module_of(inputs, **options):
@@ -75,6 +81,13 @@ def test_lowers_for_cuda(case):
     assert "custom_call @mosaic_gpu" in module_of(inputs, **case.options)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("case", [case for case in COMPRESSED if "_d" in case.name or "several" in case.name], ids=str)
+@pytest.mark.usefixtures("on_hopper")
+def test_compressed_pages_lower_for_cuda(case, dtype):
+    assert "custom_call @mosaic_gpu" in module_of(compressed_shapes(case, dtype), **case.options)
+
+
 @pytest.mark.usefixtures("on_hopper")
 def test_no_pages_are_copied_and_nothing_has_the_size_of_what_is_read():
     inputs = shapes((1,) * 64, (2048,) * 64, (32, 8, 128), 16, "bfloat16")
@@ -89,6 +102,7 @@ def test_no_pages_are_copied_and_nothing_has_the_size_of_what_is_read():
     [
         ("dtype float32", dict(dtype="float32")),
         ("pages of int8", dict(page_dtype="int8")),
+        ("scales of int8, 1 and 1 a head", dict(page_dtype="int8", scales=1)),
         ("pages of float16", dict(page_dtype="float16")),
         ("head dim 72", dict(heads=(8, 2, 72))),
         ("page size 24", dict(page_size=24)),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from paxattn.kernels import gpu_paged_decode, gpu_paged_plan, gpu_paged_write, online_softmax
+from paxattn.kernels import gpu_paged_codes, gpu_paged_decode, gpu_paged_plan, gpu_paged_write, online_softmax
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
 from paxattn.kernels.hopper_lanes import LANES
@@ -28,10 +28,13 @@ def paged_attention(
         packed = f"{problem.max_q_len} queries a row in groups of {problem.group}"
         raise NotImplementedError(f"{packed}: 'mosaic_gpu' serves {ROWS} together; max_q_len says how many there are")
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    config = gpu_paged_plan.config_for(problem)
-    arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
+    compressed = pages.k_scale is not None
+    kind = gpu_paged_codes.CODES if compressed else gpu_paged_decode.PLAIN
+    config = gpu_paged_codes.config_for(problem) if compressed else gpu_paged_plan.config_for(problem)
+    arrays = q, jax.tree.leaves(pages), page_table, kv_lens, cu_q_lens, sinks
     given = jax.tree.leaves(arrays)
-    results = gpu_paged_decode.decode(problem, config, multiprocessors(), *online_softmax.vary_like(arrays, *given))
+    arrays = online_softmax.vary_like(arrays, *given)
+    results = gpu_paged_decode.decode(kind, problem, config, multiprocessors(), *arrays)
     return online_softmax.vary_like(results, *given)
 
 
@@ -62,8 +65,11 @@ def _decline(q: Array, pages: Any) -> None:
     _need_hopper()
     if q.dtype.name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
-    if pages.k.dtype != q.dtype:
+    if pages.k.dtype != q.dtype and pages.k_scale is None:
         raise NotImplementedError(f"pages of {pages.k.dtype} for {q.dtype}: 'mosaic_gpu' serves pages of q's dtype")
+    if pages.k_scale is not None and not gpu_paged_codes.serves(pages):
+        scales = f"{pages.k_scale.shape[-1]} and {pages.v_scale.shape[-1]} a head"
+        raise NotImplementedError(f"scales of {pages.k.dtype}, {scales}: 'mosaic_gpu' serves what `init_pages` makes")
     if q.shape[-1] not in HEAD_DIMS:
         raise NotImplementedError(f"head dim {q.shape[-1]}: 'mosaic_gpu' serves {', '.join(map(str, HEAD_DIMS))}")
     if pages.k.shape[1] not in PAGE_SIZES:
