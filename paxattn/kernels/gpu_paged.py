@@ -9,7 +9,6 @@ from jax import Array
 from paxattn.kernels import gpu_paged_codes, gpu_paged_decode, gpu_paged_plan, gpu_paged_write, online_softmax
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
-from paxattn.kernels.hopper_lanes import LANES
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -45,10 +44,6 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
     tokens = jax.tree.leaves(new)
     if 0 in into[0].shape or not len(slots):
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
-    for x in tokens:
-        width = x.size // len(slots)
-        if not gpu_paged_write.vector(width, x.dtype.itemsize):
-            raise NotImplementedError(f"{width} numbers a token: 'mosaic_gpu' serves multiples of {LANES}")
     given = *into, *tokens, slots
     arrays = online_softmax.vary_like((into, tokens, slots), *given)
     written = gpu_paged_write.write(multiprocessors(), *arrays)
