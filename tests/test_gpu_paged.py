@@ -60,7 +60,8 @@ def check(case, inputs, plain_inputs=None):
     assert lse.dtype == jnp.float32
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
     some = np.isfinite(want_lse)
-    np.testing.assert_allclose(np.asarray(lse)[some], want_lse[some], atol=2e-3, rtol=1e-3)
+    atol = 1e-2 if plain_inputs else 2e-3  # For compressed pages queries are rotated, and so rounded.
+    np.testing.assert_allclose(np.asarray(lse)[some], want_lse[some], atol=atol, rtol=1e-3)
     assert not np.asarray(got, np.float32)[~some.T].any()
     rows = [row for row, q_len in enumerate(case.q_lens) if q_len and case.kv_lens[row]][:16]
     tokens = [np.arange(sum(case.q_lens[:row]), sum(case.q_lens[: row + 1])) for row in rows]

@@ -47,8 +47,8 @@ def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows
         return
     for row in range(0, rows.size, BOX):
         for chunk in range(tiles.cdiv(width, CHUNK)):
-            place = pl.ds(start + row, BOX), head, hopper.columns(chunk, width, start)
-            plgpu.copy_gmem_to_smem(source.at[place], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
+            box = pl.ds(start + row, BOX), head, hopper.columns(chunk, width, start)
+            plgpu.copy_gmem_to_smem(source.at[box], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
 
 
 def scores(a: Any, b: Any) -> Array:
