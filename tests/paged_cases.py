@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 from cases import PagedCase
 from flash_cases import SHORT, covering
+
+from paxattn import KVPages, init_pages, write_pages
+from paxattn.kv.pages import rotate
 
 NUM_COVERING = 190
 
@@ -124,3 +128,36 @@ ROWS = covering(AXES, NUM_COVERING, seed=4)
 CASES = [
     replace(case, name=f"{i}_{case.name}") for i, case in enumerate([*HARD, *(_case(**row) for row in ROWS)], start=1)
 ]
+
+# Of compressed pages: scales whose rows begin at odd places (an odd number of KV heads, or head dim 80), and all else
+# that their tiles depend on.
+COMPRESSED = [
+    *(_hard(f"codes_d{dim}", dim=dim, kv_heads=2) for dim in AXES["dim"]),
+    *(_hard(f"codes_d{dim}_three_heads", dim=dim, kv_heads=3, dtype="float16") for dim in (64, 80, 96, 256)),
+    *(_hard(f"codes_page{page}", page_size=page, kv_lens=(300, 7, 1029, 64)) for page in AXES["page_size"]),
+    *(_hard(f"codes_one_long_row_g{group}", group=group, kv_lens=(40000,), kv_heads=8) for group in (1, 8)),
+    _hard("codes_skewed", kv_lens=(30000, *(31 for _ in range(63)))),
+    _hard("codes_without_keys", kv_lens=(0, 0, 3, 0), sinks=True, padding=3),
+    _hard("codes_window_dropped", window=65, dropped=True, page_size=8, kv_lens=(64, 65, 128, 129, 5000)),
+    _hard("codes_several", group=7, queries="some", kv_lens=(20, 300, 0, 77), softcap=2.5, scale=0.3, window=(90, 3)),
+]
+
+
+def compressed(pages: Any, dtype: str) -> Any:
+    """Plain pages compressed; scales are NaN where keys are."""
+    empty = init_pages(*pages.k.shape, dtype)
+    tokens = (x.reshape(-1, *x.shape[2:]).astype(jnp.float32) for x in (pages.k, pages.v))
+    slots = jnp.arange(pages.num_pages * pages.page_size)
+    written = write_pages(empty, *tokens, slots, implementation="xla")
+    unowned = jnp.isnan(pages.k[..., :1])
+    scales = (jnp.where(unowned, jnp.nan, x) for x in (written.k_scale, written.v_scale))
+    return KVPages(written.k, written.v, *scales)
+
+
+def decompressed(pages: Any, dtype: str) -> Any:
+    """Compressed pages as plain ones of dtype."""
+    pairs = (pages.k, pages.k_scale), (pages.v, pages.v_scale)
+    groups = (
+        x.astype(jnp.float32).reshape(*scale.shape, -1) * scale.astype(jnp.float32)[..., None] for x, scale in pairs
+    )
+    return KVPages(*(rotate(x.reshape(pages.k.shape)).astype(dtype) for x in groups))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flash_cases import pairs, representatives
-from paged_cases import AXES, CASES, ROWS
+from paged_cases import AXES, CASES, COMPRESSED, ROWS
 from test_gpu_lowering import module_for_cuda
 
 from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
@@ -46,18 +46,24 @@ IN_CI = [case.name for case in representatives(CASES, features)]
 SLOW_TOO = [case if case.name in IN_CI else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
-def shapes(q_lens, kv_lens, heads, page_size, dtype, page_dtype=None, sinks=False):
+def shapes(q_lens, kv_lens, heads, page_size, dtype, page_dtype=None, sinks=False, scales=0):
     array, (h, k, d) = jax.ShapeDtypeStruct, heads
     width = -(-max(kv_lens) // page_size) + 1
     pages = array((len(q_lens) * width, page_size, k, d), page_dtype or dtype)
+    scale = array((*pages.shape[:3], scales), jnp.float16) if scales else None
     inputs = dict(
         q=array((max(sum(q_lens), 1), h, d), dtype),
-        pages=KVPages(pages, pages),
+        pages=KVPages(pages, pages, scale, scale),
         page_table=array((len(q_lens), width), jnp.int32),
         kv_lens=array((len(q_lens),), jnp.int32),
         cu_q_lens=array((len(q_lens) + 1,), jnp.int32),
     )
     return inputs | ({"sinks": array((h,), jnp.float32)} if sinks else {})
+
+
+def compressed_shapes(case, dtype):
+    inputs = shapes(case.q_lens, case.kv_lens, case.heads, case.page_size, case.dtype, sinks=case.sinks)
+    return inputs | dict(pages=jax.eval_shape(lambda: init_pages(*inputs["pages"].k.shape, dtype)))
 
 
 def module_of(inputs, **options):
@@ -74,6 +80,13 @@ def tensors(module):
 def test_lowers_for_cuda(case):
     inputs = shapes(case.q_lens, case.kv_lens, case.heads, case.page_size, case.dtype, sinks=case.sinks)
     assert "custom_call @mosaic_gpu" in module_of(inputs, **case.options)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("case", [case for case in COMPRESSED if "_d" in case.name or "several" in case.name], ids=str)
+@pytest.mark.usefixtures("on_hopper")
+def test_compressed_pages_lower_for_cuda(case, dtype):
+    assert "custom_call @mosaic_gpu" in module_of(compressed_shapes(case, dtype), **case.options)
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -96,6 +109,7 @@ def test_a_shared_prefix_is_one_more_kernel():
     [
         ("dtype float32", dict(dtype="float32")),
         ("pages of int8", dict(page_dtype="int8")),
+        ("scales of int8, 1 and 1 a head", dict(page_dtype="int8", scales=1)),
         ("pages of float16", dict(page_dtype="float16")),
         ("head dim 72", dict(heads=(8, 2, 72))),
         ("page size 24", dict(page_size=24)),
@@ -162,21 +176,20 @@ def written(tokens, kv_heads, dim, dtype="bfloat16"):
     return pages, new, new, jax.ShapeDtypeStruct((tokens,), jnp.int32)
 
 
-@pytest.mark.parametrize(("tokens", "kv_heads", "dim"), [(1, 1, 64), (300, 2, 80), (2048, 8, 128), (5, 3, 256)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "dim"), [(1, 1, 64), (300, 2, 80), (9, 3, 80), (2048, 8, 128), (5, 3, 256), (7, 1, 17)]
+)
 @pytest.mark.usefixtures("on_hopper")
-def test_writes_in_place_in_one_kernel(tokens, kv_heads, dim):
+def test_writes_in_place_in_one_kernel(tokens, kv_heads, dim, dtype):
     run = jax.jit(partial(write_pages, implementation=GPU), donate_argnums=0)
-    module = jax.export.export(run, platforms=["cuda"])(*written(tokens, kv_heads, dim)).mlir_module()
+    module = jax.export.export(run, platforms=["cuda"])(*written(tokens, kv_heads, dim, dtype)).mlir_module()
     assert module.count("custom_call @mosaic_gpu") == 1
     assert "output_operand_aliases = [#stablehlo.output_operand_alias" in module
     assert "scatter" not in module
 
 
-@pytest.mark.parametrize(
-    ("feature", "changes"), [("8 numbers a token", dict(dtype="int8")), ("nothing", dict(tokens=0))]
-)
 @pytest.mark.usefixtures("on_hopper")
-def test_what_write_pages_does_not_serve_is_declined_by_name(feature, changes):
-    given = dict(tokens=3, kv_heads=8, dim=64) | changes
-    with pytest.raises(NotImplementedError, match=feature):
-        jax.eval_shape(partial(write_pages, implementation=GPU), *written(**given))
+def test_write_pages_of_no_tokens_is_declined_by_name():
+    with pytest.raises(NotImplementedError, match="nothing"):
+        jax.eval_shape(partial(write_pages, implementation=GPU), *written(tokens=0, kv_heads=8, dim=64))

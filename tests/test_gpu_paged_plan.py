@@ -1,13 +1,14 @@
 """What the workers of the paged decode kernel read and who merges it, with the kernel's own code run in NumPy."""
 
 import itertools
+import math
 from collections import defaultdict
 
 import numpy as np
 import pytest
 from test_gpu_plan import Grid
 
-from paxattn.kernels import gpu_blocks, gpu_paged_plan
+from paxattn.kernels import gpu_blocks, gpu_paged_codes, gpu_paged_plan
 from paxattn.kernels.gpu_paged_plan import Config, Plan, Problem
 
 
@@ -131,6 +132,17 @@ def test_one_long_row_is_shared_by_all_workers():
     plan = Plan(problem, Config(64, 6), 264, np.array([131072] + [512] * 63), np.arange(65))
     shares = [sum(int(item.blocks) for item in items_of(plan, worker)) for worker in range(264)]
     assert max(shares) - min(shares) <= 1
+
+
+def test_compressed_blocks_in_flight_fit_and_are_enough():
+    for dim in (64, 80, 96, 128, 256):
+        problem = Problem(64, 32, 8, dim, 16, 1, None, 1.0, None)
+        config = gpu_paged_codes.config_for(problem)
+        scratch = gpu_paged_codes.CODES.scratch(problem, config, np.int8)
+        tiles = [x.refs[1] if hasattr(x, "refs") else x for name, x in scratch.items() if name not in ("full", "free")]
+        assert sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in tiles) <= gpu_paged_plan.SHARED_BYTES
+        assert config.slots >= 3
+        assert config.warpgroups * (config.slots - 1) * config.block * 2 * dim >= 32 * 1024
 
 
 def test_what_is_in_flight_fits_and_is_enough():

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from paxattn.kernels import (
     gpu_flash_fwd_plan,
+    gpu_paged_codes,
     gpu_paged_decode,
     gpu_paged_plan,
     gpu_paged_prefill,
@@ -18,7 +19,6 @@ from paxattn.kernels import (
 )
 from paxattn.kernels.gpu_blocks import ROWS, Problem
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
-from paxattn.kernels.hopper_lanes import LANES
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -35,35 +35,40 @@ def paged_attention(
     shape = tokens, heads, kv_heads, head_dim, page_size, min(longest, few)
     problem = gpu_paged_plan.Problem(*shape, left, scale, softcap)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    # Of a window the prefix may be no part.
-    skipped = None if shared_prefix_len is None or left is not None else shared_prefix_len.reshape(1)
-    arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, skipped, sinks
+    compressed = pages.k_scale is not None
+    if compressed and longest > few:
+        raise NotImplementedError(f"{longest} queries a row: 'mosaic_gpu' serves {few} where pages are compressed")
+    # Of a window the prefix may be no part, and what reads a prefix reads no compressed pages.
+    shared = shared_prefix_len is not None and left is None and not compressed
+    skipped = shared_prefix_len.reshape(1) if shared else None
+    arrays = q, jax.tree.leaves(pages), page_table, kv_lens, cu_q_lens, skipped, sinks
     given = jax.tree.leaves(arrays)
     arrays = online_softmax.vary_like(arrays, *given)
-    results = _rows(problem, longest > few, *arrays)
-    if skipped is not None:
+    results = _rows(problem, compressed, longest > few, *arrays)
+    if shared:
         results = _merge(results, _prefix(problem, *arrays[:-1]))
     return online_softmax.vary_like(results, *given)
 
 
-def _rows(problem: gpu_paged_plan.Problem, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
+def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
     """Every row by itself: those of few queries in one kernel, those of many in another."""
-    config = gpu_paged_plan.config_for(problem)
-    results = gpu_paged_decode.decode(problem, config, multiprocessors(), *arrays)
+    kind = gpu_paged_codes.CODES if compressed else gpu_paged_decode.PLAIN
+    config = gpu_paged_codes.config_for(problem) if compressed else gpu_paged_plan.config_for(problem)
+    results = gpu_paged_decode.decode(kind, problem, config, multiprocessors(), *arrays)
     if not some_are_long:
         return results
-    few, page_table = ROWS // problem.group, arrays[3]
+    few, page_table = ROWS // problem.group, arrays[2]
     return _prefill(_dense(problem, page_table, causal=True), problem.page_size, few, arrays, results)
 
 
-def _prefix(problem: gpu_paged_plan.Problem, q, k, v, page_table, kv_lens, cu_q_lens, prefix_len):
+def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q_lens, prefix_len):
     """All queries over the keys that all rows begin with, as one row that sees all (cascade, Ye et al. 2024)."""
     row = jnp.argmax(jnp.diff(cu_q_lens) > 0)
     table = jnp.take(page_table, row[None], axis=0, mode="clip")
     ends = jnp.stack([jnp.zeros_like(cu_q_lens[-1]), cu_q_lens[-1]])
     nothing = jnp.zeros_like(q), jnp.full((problem.heads, problem.tokens), -jnp.inf, jnp.float32)
     dense = _dense(problem, page_table, causal=False)
-    return _prefill(dense, problem.page_size, 0, (q, k, v, table, prefix_len, ends, None, None), nothing)
+    return _prefill(dense, problem.page_size, 0, (q, pages, table, prefix_len, ends, None, None), nothing)
 
 
 def _dense(problem: gpu_paged_plan.Problem, page_table: Array, causal: bool) -> Problem:
@@ -77,9 +82,9 @@ def _prefill(
     problem: Problem, page_size: int, few: int, arrays: tuple, results: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     """`results`, with those of all rows of more than `few` queries."""
-    q, k, v, page_table, kv_lens, cu_q_lens, skipped, sinks = arrays
+    q, pages, page_table, kv_lens, cu_q_lens, skipped, sinks = arrays
     config = gpu_flash_fwd_plan.config_for(problem)
-    inputs = q[None], k, v, page_table, kv_lens, cu_q_lens
+    inputs = q[None], *pages, page_table, kv_lens, cu_q_lens
     sinks = None if sinks is None else sinks[None]
 
     def run(inputs, skipped, sinks, results):
@@ -108,10 +113,6 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
     tokens = jax.tree.leaves(new)
     if 0 in into[0].shape or not len(slots):
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
-    for x in tokens:
-        width = x.size // len(slots)
-        if not gpu_paged_write.vector(width, x.dtype.itemsize):
-            raise NotImplementedError(f"{width} numbers a token: 'mosaic_gpu' serves multiples of {LANES}")
     given = *into, *tokens, slots
     arrays = online_softmax.vary_like((into, tokens, slots), *given)
     written = gpu_paged_write.write(multiprocessors(), *arrays)
@@ -128,8 +129,11 @@ def _decline(q: Array, pages: Any) -> None:
     _need_hopper()
     if q.dtype.name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
-    if pages.k.dtype != q.dtype:
+    if pages.k.dtype != q.dtype and pages.k_scale is None:
         raise NotImplementedError(f"pages of {pages.k.dtype} for {q.dtype}: 'mosaic_gpu' serves pages of q's dtype")
+    if pages.k_scale is not None and not gpu_paged_codes.serves(pages):
+        scales = f"{pages.k_scale.shape[-1]} and {pages.v_scale.shape[-1]} a head"
+        raise NotImplementedError(f"scales of {pages.k.dtype}, {scales}: 'mosaic_gpu' serves what `init_pages` makes")
     if q.shape[-1] not in HEAD_DIMS:
         raise NotImplementedError(f"head dim {q.shape[-1]}: 'mosaic_gpu' serves {', '.join(map(str, HEAD_DIMS))}")
     if pages.k.shape[1] not in PAGE_SIZES:

@@ -7,9 +7,10 @@ them unused: the tensor cores have time. Parts of an item that several workers s
 of them to be done merges them in a fixed order.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,25 @@ MANY_REGISTERS = 136  # what more of them may fill: a round costs the latency of
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What pages of a kind are read by: producers, of which a worker has one each, and a consumer."""
+
+    scratch: Callable[[Problem, Config, Any], dict]
+    producers: tuple[type, ...]
+    consumer: type
+
+
 def decode(
-    problem: Problem, config: Config, num_sms: int, q, k, v, page_table, kv_lens, cu_q_lens, skipped, sinks
+    kind: Kind, problem: Problem, config: Config, num_sms: int, q, pages, page_table, kv_lens, cu_q_lens, skipped, sinks
 ) -> tuple[Array, Array]:
-    """q [T,H,D], k, v [N,P,K,D], page_table [R,M] -> out [T,H,D], lse float32 [H,T].
+    """q [T,H,D], pages [N,P,K,...] each, page_table [R,M] -> out [T,H,D], lse float32 [H,T].
 
     Rows of more than max_q_len queries are left out, and of all rows the first `skipped` [1] keys. That and sinks,
     float32 [H], may be None.
     """
     workers = num_sms * config.warpgroups
-    queries, keys, values = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    queries, *pages = (x.reshape(-1, *x.shape[2:]) for x in (q, *pages))
     part_rows = 2 * workers * tiles.cdiv(problem.packed, EIGHT) * EIGHT
     out_type = (
         jax.ShapeDtypeStruct(queries.shape, q.dtype),
@@ -52,13 +62,13 @@ def decode(
         jax.ShapeDtypeStruct((part_rows,), jnp.float32),
     )
     given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
-    body = partial(_kernel, problem, config, num_sms, tuple(given))
-    call = hopper.kernel(body, num_sms, config.warpgroups, _scratch(problem, config, q.dtype), out_type)
+    body = partial(_kernel, kind, problem, config, num_sms, len(pages), tuple(given))
+    call = hopper.kernel(body, num_sms, config.warpgroups, kind.scratch(problem, config, pages[0].dtype), out_type)
 
     def run(*inputs):
         return call(*inputs, jax.new_ref(jnp.zeros(4 * workers, jnp.int32)))
 
-    out, lse, *_ = hopper.apart(run)(queries, keys, values, page_table, kv_lens, cu_q_lens, *given.values())
+    out, lse, *_ = hopper.apart(run)(queries, *pages, page_table, kv_lens, cu_q_lens, *given.values())
     return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
 
 
@@ -83,8 +93,9 @@ def arrivals(problem: Problem, config: Config) -> int:
     return pages * hopper_pages.copies(config.block // pages, problem.head_dim)
 
 
-def _kernel(problem: Problem, config: Config, num_sms: int, names: tuple[str, ...], *refs, **smem):
-    q, k, v, page_table, kv_lens, cu_q_lens, *extra, counters, out, lse, part, part_lse = refs
+def _kernel(kind: Kind, problem: Problem, config: Config, num_sms: int, arrays: int, names: tuple, *refs, **smem):
+    q, pages, refs = refs[0], refs[1 : 1 + arrays], refs[1 + arrays :]
+    page_table, kv_lens, cu_q_lens, *extra, counters, out, lse, part, part_lse = refs
     given = dict(zip(names, extra, strict=True))
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     plan = Plan(problem, config, num_sms * config.warpgroups, kv_lens, cu_q_lens, given.get("skipped"))
@@ -95,7 +106,7 @@ def _kernel(problem: Problem, config: Config, num_sms: int, names: tuple[str, ..
         if config.warpgroups > 1:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         outputs = out, lse, part, part_lse, counters
-        Consumer(plan, wg, worker + wg, smem, q, given.get("sinks"), *outputs).run()
+        kind.consumer(plan, wg, worker + wg, smem, q, given.get("sinks"), *outputs).run()
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -104,8 +115,10 @@ def _kernel(problem: Problem, config: Config, num_sms: int, names: tuple[str, ..
 
         @plgpu.warp_map
         def _(warp):
-            for which in range(config.warpgroups):
-                pl.when(warp == which)(Producer(plan, which, worker + which, smem, k, v, page_table).run)
+            for i, producer in enumerate(kind.producers):
+                for which in range(config.warpgroups):
+                    its = producer(plan, which, worker + which, smem, pages, page_table)
+                    pl.when(warp == i * config.warpgroups + which)(its.run)
 
 
 @dataclass(frozen=True)
@@ -116,14 +129,19 @@ class Producer:
     wg: int
     worker: Array
     smem: dict
-    k: Any  # [N*P,K,D]
-    v: Any
+    pages: Sequence[Any]  # [N*P,K,...]
     page_table: Any
 
+    slots_a_block: ClassVar[int] = 2
+
     def run(self) -> None:
+        self.fill()
+
+    def fill(self) -> Array:
+        """Returns how many slots have been filled."""
         self.prefetch_table()
         start = self.plan.start(self.worker), jnp.int32(0)
-        lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)
+        return lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)[1]
 
     def prefetch_table(self) -> None:
         """Have the table, or its first megabyte, on its way while the lengths tell which of its rows is needed."""
@@ -144,12 +162,11 @@ class Producer:
                 lambda: (batch, entries, more),
                 lambda: (batch + 1, more, self.entries(item, batch + 2)),
             )
-            for which, source in enumerate((self.k, self.v)):
-                self.load(source, item, j, count + 2 * j + which, entries, lax.rem(ahead, LANES))
+            self.load(item, j, count + self.slots_a_block * j, entries, lax.rem(ahead, LANES))
             return batch, entries, more
 
         lax.fori_loop(0, item.blocks, one_block, (jnp.int32(0), self.entries(item, 0), self.entries(item, 1)))
-        return self.plan.next(item), count + 2 * item.blocks
+        return self.plan.next(item), count + self.slots_a_block * item.blocks
 
     def page(self, item: Item, j) -> Array:
         """The row's page in which block j of the item begins."""
@@ -163,19 +180,28 @@ class Producer:
         entry = self.page_table[item.row, jnp.minimum(page, self.page_table.shape[1] - 1)]
         return jnp.where(there, entry, 0)
 
-    def load(self, source, item: Item, j, count, entries, lane) -> None:
-        """The item's block j of keys or values, which is the count-th tile in the ring."""
+    def load(self, item: Item, j, count, entries, lane) -> None:
+        """The item's block j of keys and of values, which are tiles `count` and `count + 1` in the ring."""
+        for i, source in enumerate(self.pages):
+            slot, full = self.free_slot(count + i)
+            for rows, to in self.page_rows(item, j, entries, lane):
+                hopper_pages.copy_rows(source, rows, item.head, self.smem["kv"], (self.wg, slot), to, full)
+
+    def free_slot(self, count) -> tuple[Array, Any]:
+        """Where the count-th tile goes, once the consumer is done with what is there, and who is told that it came."""
+        slots = self.plan.config.slots
+        slot = lax.rem(count, jnp.int32(slots))
+        at = self.wg * slots + slot
+        pl.when(count >= slots)(lambda: plgpu.barrier_wait(self.smem["free"].at[at]))
+        return slot, self.smem["full"].at[at]
+
+    def page_rows(self, item: Item, j, entries, lane) -> Iterator[tuple[Array, Any]]:
+        """Of each page in the item's block j: the first of its rows in the arrays, and where they go in a tile."""
         problem, config = self.plan.problem, self.plan.config
-        slot = lax.rem(count, jnp.int32(config.slots))
-        at = self.wg * config.slots + slot
-        pl.when(count >= config.slots)(lambda: plgpu.barrier_wait(self.smem["free"].at[at]))
         rows = config.block // pages_in(problem, config)
         inside = lax.rem((item.block + j) * config.block, jnp.int32(problem.page_size))
-        full = self.smem["full"].at[at]
         for i in range(pages_in(problem, config)):
-            row = hopper_lanes.from_lane(entries, lane + i) * problem.page_size + inside
-            to = pl.ds(i * rows, rows)
-            hopper_pages.copy_rows(source, row, item.head, self.smem["kv"], (self.wg, slot), to, full)
+            yield hopper_lanes.from_lane(entries, lane + i) * problem.page_size + inside, pl.ds(i * rows, rows)
 
 
 @dataclass(frozen=True)
@@ -193,6 +219,9 @@ class Consumer:
     part: Any  # [2*workers*rows,D]: of each worker the item that it goes on with, then the one that others go on with
     part_lse: Any
     counters: Any  # [4*workers]: of the item that each worker begins and others go on with, how many have left a part
+
+    slots_a_block: ClassVar[int] = 2
+    weight: ClassVar[float] = 1.0  # of the weights that the sums are of
 
     @property
     def problem(self) -> Problem:
@@ -215,14 +244,14 @@ class Consumer:
         l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
         o, m, l = lax.fori_loop(0, item.blocks, partial(self.step, item, count), (o, m, l))
         seen = l != 0  # NaN, too, is something
-        o = o * lax.broadcast_in_dim(jnp.where(seen, 1 / l, 0.0), o.shape, [0])
+        o = o * lax.broadcast_in_dim(jnp.where(seen, 1 / (l * self.weight), 0.0), o.shape, [0])
         lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
         lax.cond(
             item.whole,
             lambda: self.write(item, o, lse, iota(ROWS, ROW), WGMMA),
             lambda: self.leave_part(item, o, lse),
         )
-        return self.plan.next(item), count + 2 * item.blocks
+        return self.plan.next(item), count + self.slots_a_block * item.blocks
 
     def step(self, item: Item, count, j, state):
         o, m, l = state
@@ -255,7 +284,7 @@ class Consumer:
     def load_queries(self, item: Item) -> None:
         q = hopper_lanes.load_rows(self.q, self.query_rows(item, iota(ROWS, ROW)), WGMMA, self.problem.columns)
         self.meet()  # The products of the item before are done in all warps.
-        self.smem["q"][1][self.wg] = q
+        self.smem["q"][1][self.wg] = q.astype(self.smem["q"][1].dtype)
         hopper.fence()
         self.meet()
 
@@ -409,3 +438,6 @@ class Consumer:
 
         mine = problem.tokens - first - self.worker + self.plan.workers - 1
         lax.fori_loop(0, lax.div(jnp.maximum(mine, 0), jnp.int32(self.plan.workers)), one_token, None)
+
+
+PLAIN = Kind(_scratch, (Producer,), Consumer)

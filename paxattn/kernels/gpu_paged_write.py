@@ -19,9 +19,14 @@ VECTOR_BYTES = 16
 
 
 def vector(width: int, itemsize: int) -> int:
-    """How many numbers a lane takes at once so that a warp's share divides the row; 0 if there is no such number."""
-    sizes = (size for size in (16, 8, 4, 2, 1) if size * itemsize <= VECTOR_BYTES)
-    return next((size for size in sizes if width % (LANES * size) == 0), 0)
+    """How many numbers a lane takes at once: as many as divide the row, so that all rows begin where a vector may."""
+    return next(size for size in (16, 8, 4, 2, 1) if size * itemsize <= VECTOR_BYTES and width % size == 0)
+
+
+def padded(x: Any) -> int:
+    """The numbers of a row [N, width] as a warp takes them, some lanes perhaps nothing."""
+    whole = LANES * vector(x.shape[1], x.dtype.itemsize)
+    return tiles.cdiv(x.shape[1], whole) * whole
 
 
 def write(num_sms: int, pages: Sequence[Array], new: Sequence[Array], slots: Array) -> list[Array]:
@@ -42,7 +47,7 @@ def write(num_sms: int, pages: Sequence[Array], new: Sequence[Array], slots: Arr
 
 
 def _layout(x: Any) -> Any:
-    """Of [4, width], a row a warp."""
+    """Of [4, padded], a row a warp."""
     size = vector(x.shape[1], x.dtype.itemsize)
     return plgpu.Layout.TILED(plgpu.Tiling(((WARPS, LANES * size), (size,))), (-3,), (-2,), -1)
 
@@ -59,7 +64,7 @@ def _kernel(tokens: int, slots_in: int, count: int, slots, *refs):
         slot = hopper_lanes.load_rows(slots, token, layouts[0])
         slot = jnp.where((token >= 0) & (slot < slots_in), slot, -1)
         # All are on their way before the first is stored.
-        loaded = [hopper_lanes.load_rows(x, token, layout) for x, layout in zip(new, layouts, strict=True)]
+        loaded = [hopper_lanes.load_rows(x, token, layout, padded(x)) for x, layout in zip(new, layouts, strict=True)]
         for target, x, layout in zip(pages, loaded, layouts, strict=True):
             hopper_lanes.store_rows(target, slot, x, layout)
 

@@ -41,7 +41,7 @@ def warp_scan(x: Array) -> Array:
 
 
 def from_lane(x: Array, source: Array) -> Array:
-    """The int32 x that a lane has; the same `source` in all lanes."""
+    """The int32 x that the lane `source` has; each lane may ask another one."""
     return _int32("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", x, source)
 
 
@@ -65,6 +65,41 @@ def prefetch(place: Any) -> None:
         llvm.inline_asm(void, [mgpu.utils.memref_ptr(place)], text, "l", has_side_effects=True)
 
     issue(place)
+
+
+def copy_halves(source: Any, target: Any) -> None:
+    """Have a row [n] of 16-bit numbers copied from global to shared memory, of each lane its own; `commit` and
+    `wait_for_copies` tell when it has come. Where n is odd, a row that begins in the middle of four bytes comes one to
+    the right, so that the target has room for n + 1."""
+    size = 2 * (source.shape[-1] + source.shape[-1] % 2)
+    step = next(step for step in (16, 8, 4) if size % step == 0)
+    copies = (f"cp.async.ca.shared.global [$0 + {at}], [from + {at}], {step};" for at in range(0, size, step))
+    text = "{ .reg .b64 from; and.b64 from, $1, -4; " + " ".join(copies) + " }"
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def issue(_, source, target):
+        operands = [mgpu.utils.memref_ptr(target), mgpu.utils.memref_ptr(source)]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "r,l,~{memory}", has_side_effects=True)
+
+    issue(source, target)
+
+
+def commit() -> None:
+    """What this lane has begun to copy since the last time is a group."""
+    _run("cp.async.commit_group;")
+
+
+def wait_for_copies(groups: int) -> None:
+    """Wait until at most so many groups of this lane are on their way."""
+    _run(f"cp.async.wait_group {groups};")
+
+
+def _run(text: str) -> None:
+    @plgpu.inline_mgpu()
+    def issue(_):
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", has_side_effects=True)
+
+    issue()
 
 
 def count_arrival(counter: Any) -> Array:

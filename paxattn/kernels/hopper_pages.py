@@ -19,6 +19,7 @@ from paxattn.kernels.hopper import CHUNK, WGMMA
 BOX = 8  # rows
 _SWIZZLE = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
 _TILED = plgpu.TilingTransform((BOX, CHUNK)), _SWIZZLE  # type: ignore[abstract]
+TILE = plgpu.RefType(_TILED)
 
 
 def tile(*shape: int, dtype: Any) -> plgpu.RefUnion:
@@ -45,16 +46,15 @@ def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows
         return
     for row in range(0, rows.size, BOX):
         for chunk in range(tiles.cdiv(width, CHUNK)):
-            place = pl.ds(start + row, BOX), head, hopper.columns(chunk, width, start)
-            plgpu.copy_gmem_to_smem(source.at[place], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
+            box = pl.ds(start + row, BOX), head, hopper.columns(chunk, width, start)
+            plgpu.copy_gmem_to_smem(source.at[box], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
 
 
 def scores(a: Any, b: Any) -> Array:
     """a @ b.T of the tiles a [64, D] and b [N, D]: float32 [64, N], in flight until `hopper.wait`."""
-    tiled = plgpu.RefType(_TILED)
 
     @plgpu.inline_mgpu(
-        arg_types=(tiled, tiled),
+        arg_types=(TILE, TILE),
         return_type=plgpu.ShapeDtypeStruct((a.shape[-2], b.shape[-2]), jnp.float32, WGMMA),
     )
     def issue(_, x, y):
@@ -70,7 +70,7 @@ def accumulate(acc: Array, p: Array, b: Any) -> Array:
     """acc + p @ b for p [64, N] in registers and a tile b [N, D]; in flight until `hopper.wait`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, WGMMA, plgpu.RefType(_TILED)),
+        arg_types=(WGMMA, WGMMA, TILE),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, WGMMA),
     )
     def issue(_, acc, p, b):

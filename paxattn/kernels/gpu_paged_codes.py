@@ -1,0 +1,156 @@
+"""Compressed pages in the paged decode kernel: int8 and float8_e4m3fn codes and their scales.
+
+A slot of a worker's ring has a block's codes, as TMA brings them, and its scales, which a warp of their own copies, as
+TMA takes no less than sixteen bytes of a row. The consumer makes float16 tiles of the codes, keys with their scales.
+Values get theirs from the weights, one factor for all columns. The products are of float16 whatever q is.
+"""
+
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paxattn.kernels import hopper, hopper_codes, hopper_lanes, hopper_pages
+from paxattn.kernels.gpu_blocks import ROWS
+from paxattn.kernels.gpu_paged_decode import Consumer, Kind, Producer, pages_in
+from paxattn.kernels.gpu_paged_plan import SHARED_BYTES, Config, Item, Problem
+from paxattn.kernels.hopper import COL
+from paxattn.kernels.hopper_lanes import LANES
+
+HALF = jnp.float16
+LIFT = 64.0  # A factor of weights, so that small ones, times the scale of values, and large scales are float16 numbers.
+
+
+def serves(pages: Any) -> bool:
+    groups = pages.k_scale.shape[-1], pages.v_scale.shape[-1]
+    return pages.k.dtype.name in hopper_codes.TO_HALVES and groups == (pages.head_dim // hopper_codes.UNIT, 1)
+
+
+def scales_a_row(problem: Problem) -> tuple[int, int]:
+    """Numbers of keys' and of values' scales in shared memory, which has room for one more where they are odd."""
+    groups = problem.head_dim // hopper_codes.UNIT
+    return groups + groups % 2, 2
+
+
+def config_for(problem: Problem) -> Config:
+    columns = problem.columns
+    warpgroups = 2 if columns <= 128 else 1
+    block = 128 if columns < 128 else 64
+    room = SHARED_BYTES // warpgroups - 2 * columns * (ROWS + 2 * block) - 4 * block
+    slot = block * (2 * problem.head_dim + 2 * sum(scales_a_row(problem)))
+    return Config(block, room // slot, warpgroups)
+
+
+def _scratch(problem: Problem, config: Config, dtype: Any) -> dict:
+    wgs, slots, block, dim = config.warpgroups, config.slots, config.block, problem.head_dim
+    ring = wgs, slots, block
+    of_keys, of_values = scales_a_row(problem)
+    return dict(
+        q=hopper_pages.tile(wgs, ROWS, dim, dtype=HALF),
+        k=hopper_pages.tile(wgs, block, dim, dtype=HALF),
+        v=hopper_pages.tile(wgs, block, dim, dtype=HALF),
+        v_weights=plgpu.SMEM((wgs, block), jnp.float32),
+        k_codes=plgpu.SMEM((*ring, dim), dtype),
+        v_codes=plgpu.SMEM((*ring, dim), dtype),
+        k_scales=plgpu.SMEM((*ring, of_keys), HALF),
+        v_scales=plgpu.SMEM((*ring, of_values), HALF),
+        full=plgpu.Barrier(num_arrivals=2 * pages_in(problem, config) + 1, num_barriers=wgs * slots),
+        free=plgpu.Barrier(num_barriers=wgs * slots),
+    )
+
+
+class Codes(Producer):
+    """A warp that streams a worker's codes."""
+
+    slots_a_block: ClassVar[int] = 1
+
+    def load(self, item: Item, j, count, entries, lane) -> None:
+        slot, full = self.free_slot(count)
+        for source, target in zip(self.pages[:2], ("k_codes", "v_codes"), strict=True):
+            for start, to in self.page_rows(item, j, entries, lane):
+                rows = source.at[pl.ds(start, to.size), item.head]
+                plgpu.copy_gmem_to_smem(rows, self.smem[target].at[self.wg, slot, to], full)
+
+
+class Scales(Producer):
+    """A warp that streams a worker's scales. Those of a block are told to have come once the next are asked for."""
+
+    slots_a_block: ClassVar[int] = 1
+
+    def fill(self) -> Array:
+        count = super().fill()
+        pl.when(count > 0)(lambda: self.tell(count - 1, 0))
+        return count
+
+    def load(self, item: Item, j, count, entries, lane) -> None:
+        slot, _ = self.free_slot(count)
+        problem, config = self.plan.problem, self.plan.config
+        rows = config.block // pages_in(problem, config)
+        inside = lax.rem((item.block + j) * config.block, jnp.int32(problem.page_size))
+        for start in range(0, config.block, LANES):
+            row = hopper_lanes.lane() + start
+            page = hopper_lanes.from_lane(entries, lane + lax.div(row, jnp.int32(rows)))
+            at = page * problem.page_size + inside + lax.rem(row, jnp.int32(rows))
+            for source, target in zip(self.pages[2:], ("k_scales", "v_scales"), strict=True):
+                hopper_lanes.copy_halves(source.at[at, item.head], self.smem[target].at[self.wg, slot, row])
+        hopper_lanes.commit()
+        pl.when(count > 0)(lambda: self.tell(count - 1, 1))
+
+    def tell(self, count, on_their_way: int) -> None:
+        hopper_lanes.wait_for_copies(on_their_way)
+        slots = self.plan.config.slots
+        plgpu.barrier_arrive(self.smem["full"].at[self.wg * slots + lax.rem(count, jnp.int32(slots))])
+
+
+class CodeConsumer(Consumer):
+    slots_a_block: ClassVar[int] = 1
+    weight: ClassVar[float] = LIFT
+
+    def run(self) -> None:
+        if self.problem.head_dim < self.problem.columns:
+            self.clear_tiles()
+        super().run()
+
+    def clear_tiles(self) -> None:
+        """Columns past the head's stay 0."""
+        for name in ("k", "v"):
+            tile = self.smem[name][1].at[self.wg]
+            tile[...] = plgpu.layout_cast(jnp.zeros(tile.shape, HALF), hopper.WGMMA)
+        self.meet()
+
+    def step(self, item: Item, count, j, state):
+        o, m, l = state
+        q, k, v = (self.smem[name][1].at[self.wg] for name in "qkv")
+        slot = lax.rem(count + j, jnp.int32(self.config.slots))
+        codes = {name: self.smem[name].at[self.wg, slot] for name in ("k_codes", "v_codes", "k_scales", "v_scales")}
+        weights = self.smem["v_weights"].at[self.wg]
+        start = (item.block + j) * self.config.block
+        seen = item.begin - start, item.kv_len - start
+        self.wait_for(slot)
+        groups = self.problem.head_dim // hopper_codes.UNIT
+        hopper_codes.expand_keys(codes["k_codes"], codes["k_scales"], self.odd(item, groups), k)
+        hopper.fence()
+        self.meet()
+        s = hopper_pages.scores(q, k)
+        hopper_codes.expand_values(codes["v_codes"], *seen, v)
+        hopper_codes.expand_scales(codes["v_scales"], self.odd(item, 1), *seen, LIFT, weights)
+        hopper.fence()
+        self.release(slot)
+        p, m, l, alpha = self.softmax(hopper.wait(0, s), m, l, item, item.block + j)
+        self.meet()
+        p = p * lax.broadcast_in_dim(plgpu.load(weights, layout=COL, optimized=False), p.shape, [1])
+        o = o * lax.broadcast_in_dim(alpha, o.shape, [0])
+        o = hopper.wait(0, hopper_pages.accumulate(o, p.astype(HALF), v))
+        return o, m, l
+
+    def odd(self, item: Item, scales: int) -> Array:
+        """As `hopper_codes` takes it, of so many scales a row."""
+        if scales % 2 == 0:
+            return jnp.int32(0)
+        of_head = lax.rem(item.head, jnp.int32(2))
+        return of_head if self.problem.kv_heads % 2 == 0 else -1 - of_head
+
+
+CODES = Kind(_scratch, (Codes, Scales), CodeConsumer)
