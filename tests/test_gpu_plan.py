@@ -85,7 +85,7 @@ def problems(rng, count):
         kv_heads, group, batch = int(rng.integers(1, 4)), int(rng.choice([1, 2, 3, 7])), int(rng.integers(1, 3))
         q_len, kv_len = (int(x) for x in (128 * rng.integers(1, 7, 2) if i % 2 else rng.integers(1, 900, 2)))
         if i % 3 == 0:
-            kv_len = q_len
+            kv_len = q_len + 128 * int(rng.integers(0, 3))
         left = None if rng.random() < 0.5 else int(rng.choice([0, 1, 63, 64, 127, 128, 300, 2**30]))
         right = None if rng.random() < 0.3 else int(rng.choice([0, 0, 0, 1, 64, 128, 2**30]))
         dims = DIMS[rng.integers(len(DIMS))]
@@ -174,6 +174,9 @@ def check_forward_item(problem, config, segments, item):
         for j, masked in steps:
             block = seen[start : start + ROWS, (end - 1 - j) * config.block_kv : (end - j) * config.block_kv]
             assert masked or (block.all() and block.shape[1] == config.block_kv)
+    if segments is None and gpu_flash_fwd.halves_diagonal(problem, config):
+        unseen = seen[item.q_start : item.q_start + ROWS, (end - 1) * config.block_kv + ROWS : end * config.block_kv]
+        assert not unseen.any()
 
 
 CAUSAL = [(16, 1024, 16, 16, 128), (4, 4096, 16, 16, 128), (1, 16384, 16, 16, 128), (2, 8192, 32, 8, 128)]

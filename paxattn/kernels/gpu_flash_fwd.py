@@ -101,7 +101,7 @@ def halves_diagonal(problem: Problem, config: Config) -> bool:
     """Whether the first warpgroup sees no more than the first half of the first block that an item visits."""
     if problem.right != 0 or config.block_kv != config.block_q or config.warpgroups != 2:
         return False
-    return (problem.offset + problem.right) % config.block_kv == 0
+    return problem.offset % config.block_kv == 0
 
 
 @dataclass(frozen=True)
