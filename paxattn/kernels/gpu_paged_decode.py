@@ -148,7 +148,7 @@ class Producer:
         rows, columns = self.page_table.shape
         at = (self.worker * LANES + hopper_lanes.lane()) * LINE
         row, column = divide(at, columns)
-        pl.when(row < rows)(lambda: hopper_lanes.prefetch(self.page_table.at[row, column]))
+        hopper_lanes.prefetch(self.page_table.at[jnp.minimum(row, rows - 1), column])
 
     def one_item(self, carry):
         # What is looked up here comes while the tiles of the item before wait to be read.
