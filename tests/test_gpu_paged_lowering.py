@@ -193,3 +193,18 @@ def test_writes_in_place_in_one_kernel(tokens, kv_heads, dim, dtype):
 def test_write_pages_of_no_tokens_is_declined_by_name():
     with pytest.raises(NotImplementedError, match="nothing"):
         jax.eval_shape(partial(write_pages, implementation=GPU), *written(tokens=0, kv_heads=8, dim=64))
+
+
+@pytest.mark.parametrize("op", sorted(dispatch.MODULES))
+def test_what_is_served_by_name_alone_is_no_default(op, monkeypatch):
+    asked = []
+
+    def load(op, name):
+        asked.append(name)
+        raise NotImplementedError
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "load", load)
+    with pytest.raises(NotImplementedError, match=op):
+        dispatch.call(op, None)
+    assert asked == [name for name in ("mosaic_gpu", "xla") if (op, name) not in dispatch.BY_NAME]
