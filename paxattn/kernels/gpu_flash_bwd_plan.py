@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.kernels import tiles
-from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, same_segment, span
+from paxattn.kernels.gpu_blocks import ROWS, divide, extremes, in_range, may_meet, same_segment, span
+from paxattn.kernels.problem import Problem
 
 WARPGROUPS = 2  # that own dk and dv
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.kernels import tiles
-from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, run_of, span
+from paxattn.kernels.gpu_blocks import ROWS, divide, extremes, in_range, may_meet, run_of, span
+from paxattn.kernels.problem import Problem
 
 L2_BYTES = 16 * 2**20  # keys and values that stay in the L2 cache beside all that passes through it
 
