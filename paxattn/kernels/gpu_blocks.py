@@ -5,6 +5,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from paxattn.kernels import tiles
+
 ROWS = 64  # rows of a product that one warpgroup computes
 
 
@@ -23,11 +25,6 @@ def load_segments(segments, batch, start, size: int, layout) -> Array:
 
 def pad_segments(segments: Array, length: int) -> Array:
     return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, length - segments.shape[1])), mode="edge")
-
-
-def extremes(segments: Array, size: int) -> tuple[Array, Array]:
-    blocks = segments.reshape(segments.shape[0], -1, size)
-    return blocks.min(axis=-1), blocks.max(axis=-1)
 
 
 def may_meet(low: Array, high: Array, other_low: Array, other_high: Array) -> Array:
@@ -64,7 +61,7 @@ def run_of(low: Array, high: Array, ids: Array, size: int, lo: Array, hi: Array)
     at_lo, at_end = (jnp.take_along_axis(blocks, x[..., None], axis=1) == low[..., None] for x in (lo, hi - 1))
     first = lo * size + jnp.where(at_lo, index, size).min(axis=-1)
     end = (hi - 1) * size + jnp.where(at_end, index + 1, 0).max(axis=-1)
-    one_lo, one_hi = same_segment(low, high, *extremes(ids, size))
+    one_lo, one_hi = same_segment(low, high, *tiles.extremes(ids, size))
     between = jnp.maximum(hi - lo - 2, 0)
     same_between = (between == 0) | ((one_lo <= lo + 1) & (one_hi >= hi - 1))
     found = at_lo.sum(axis=-1) + jnp.where(hi - lo > 1, at_end.sum(axis=-1), 0) + between * size
