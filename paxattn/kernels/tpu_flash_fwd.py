@@ -45,7 +45,10 @@ class Refs(NamedTuple):
 
 
 def forward(problem: Problem, config: Config, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
-    """q [B,H,T,D], k [B,K,S,D], v [B,K,Dv,S], T and S padded to whole lanes -> out [B,H,T,Dv], lse float32 [B,H,T]."""
+    """q [B,H,T,D], k [B,K,S,D], v [B,K,Dv,S], T and S padded to whole lanes -> out [B,H,T,Dv], lse float32 [B,H,T].
+
+    q is scaled: its product with k is what exp2 sees or, with a soft cap, what tanh does.
+    """
     config = fitted(config, problem)
     count: int | Array
     if q_seg is None:
@@ -139,7 +142,9 @@ def _visit(problem: Problem, kind: Kind, refs: Refs, by_segment: bool) -> None:
 
     def scores(tile: Tile, _) -> Array:
         q, k = refs.q[columns[tile.q]], refs.k[pl.ds(tile.kv, tile.kv_end - tile.kv)]
-        s = _scaled(problem, _dot(k, q, NT))
+        s = _dot(k, q, NT)
+        if problem.softcap is not None:
+            s = jnp.tanh(s) * (problem.softcap * LOG2E)
         seen = _seen(problem, tile, refs if by_segment else None)
         return s if seen is None else jnp.where(seen, s, -jnp.inf)
 
@@ -148,7 +153,7 @@ def _visit(problem: Problem, kind: Kind, refs: Refs, by_segment: bool) -> None:
         m[tile.q] = jnp.maximum(old, s.max(axis=0, keepdims=True))
         p, fade = jnp.exp2(s - m[tile.q]), jnp.exp2(old - m[tile.q])
         l[tile.q] = l[tile.q] * fade + p.sum(axis=0, keepdims=True)
-        return p.astype(refs.v.dtype), fade
+        return p, fade  # the matrix unit rounds p as it takes it in, which costs no instruction
 
     def accumulate(tile: Tile, weights: tuple[Array, Array]) -> None:
         p, fade = weights
@@ -172,15 +177,9 @@ def _pipeline(items: Sequence[Any], stages: Sequence[Callable[[Any, Any], Any]])
 
 
 def _dot(a: Array, b: Array, dims) -> Array:
+    """a in bf16 takes b as bf16, float32 keeps what it has."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _scaled(problem: Problem, s: Array) -> Array:
-    """What exp2 sees."""
-    if problem.softcap is None:
-        return s * (problem.scale * LOG2E)
-    return jnp.tanh(s * (problem.scale / problem.softcap)) * (problem.softcap * LOG2E)
 
 
 def _seen(problem: Problem, tile: Tile, segments: Refs | None) -> Array | None:
