@@ -17,6 +17,7 @@ MODULES = {
     "flash_attention": {
         "xla": "paxattn.kernels.xla_flash",
         "mosaic_gpu": "paxattn.kernels.gpu_flash",
+        "mosaic_tpu": "paxattn.kernels.tpu_flash",
         "reference": "paxattn.reference",
     },
     "paged_attention": {
@@ -27,7 +28,7 @@ MODULES = {
     "write_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
 }
 
-ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",), "cpu": ("xla",)}
+ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)}
 
 # Served by name alone, until all tests of these kernels have passed on the machine that they are for.
 BY_NAME = {("paged_attention", "mosaic_gpu"), ("write_pages", "mosaic_gpu")}

@@ -265,12 +265,6 @@ def test_bad_dtypes_and_traced_statics_are_named():
         jax.jit(lambda scale: flash_attention(x, x, x, scale=scale))(1.0)
 
 
-def test_what_is_not_there_declines_by_name():
-    x = jnp.zeros((1, 2, 2, 4))
-    with pytest.raises(NotImplementedError, match=r"flash_attention.*mosaic_tpu"):
-        flash_attention(x, x, x, implementation="mosaic_tpu")
-
-
 def test_a_window_wider_than_int32_sees_everything(rng):
     q, k = (jnp.asarray(rng.normal(size=(1, n, 2, 8)), jnp.float32) for n in (300, 5))
     want = flash_attention(q, k, k)

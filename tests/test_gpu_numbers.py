@@ -18,8 +18,9 @@ from paxattn.kernels import (
     gpu_paged_prefill,
     gpu_paged_prefill_plan,
 )
-from paxattn.kernels.gpu_blocks import ROWS, Problem
+from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.hopper import CHUNK
+from paxattn.kernels.problem import Problem
 
 MODULES = (gpu_blocks, gpu_flash_fwd_plan, gpu_flash_fwd, gpu_paged_prefill_plan, gpu_paged_prefill)
 

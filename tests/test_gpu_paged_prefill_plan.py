@@ -13,7 +13,8 @@ from paxattn.kernels import (
     gpu_paged_prefill,
     gpu_paged_prefill_plan,
 )
-from paxattn.kernels.gpu_blocks import ROWS, Problem
+from paxattn.kernels.gpu_blocks import ROWS
+from paxattn.kernels.problem import Problem
 
 
 @pytest.fixture

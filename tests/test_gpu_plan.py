@@ -16,7 +16,8 @@ from paxattn.kernels import (
     gpu_flash_fwd,
     gpu_flash_fwd_plan,
 )
-from paxattn.kernels.gpu_blocks import ROWS, Problem
+from paxattn.kernels.gpu_blocks import ROWS
+from paxattn.kernels.problem import Problem
 
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)]
 

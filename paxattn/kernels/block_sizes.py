@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paxattn.kernels.gpu_blocks import Problem
+from paxattn.kernels.problem import Problem
 
 TABLES = Path(__file__).parent / "tuned"
 

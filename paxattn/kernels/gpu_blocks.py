@@ -1,57 +1,13 @@
-"""What the Hopper flash kernels share above tiles: the problem, index arithmetic, and which blocks segments join."""
-
-import math
-from dataclasses import dataclass
+"""What the Hopper flash kernels share above tiles: index arithmetic, and which blocks segments join."""
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LOG2E = math.log2(math.e)
-TINY = 1e-30
+from paxattn.kernels import tiles
+
 ROWS = 64  # rows of a product that one warpgroup computes
-
-
-class Scaled:
-    """What softmax sees of a problem."""
-
-    scale: float
-    softcap: float | None
-
-    @property
-    def shaped(self) -> bool:
-        """Whether scores need more than a positive factor before exp2; one too small would lose the mask's infinity."""
-        return self.softcap is not None or self.scale < TINY
-
-    @property
-    def exponent(self) -> float:
-        """The factor that exp2 sees."""
-        if self.softcap is not None:
-            return self.softcap * LOG2E
-        return LOG2E * (1.0 if self.scale < TINY else self.scale)
-
-
-@dataclass(frozen=True)
-class Problem(Scaled):
-    """What is static in a call."""
-
-    batch: int
-    q_len: int
-    kv_len: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    v_dim: int
-    left: int | None
-    right: int | None
-    scale: float
-    softcap: float | None
-
-    @property
-    def offset(self) -> int:
-        """Position of the first query."""
-        return self.kv_len - self.q_len
 
 
 def divide(x, by):
@@ -69,11 +25,6 @@ def load_segments(segments, batch, start, size: int, layout) -> Array:
 
 def pad_segments(segments: Array, length: int) -> Array:
     return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, length - segments.shape[1])), mode="edge")
-
-
-def extremes(segments: Array, size: int) -> tuple[Array, Array]:
-    blocks = segments.reshape(segments.shape[0], -1, size)
-    return blocks.min(axis=-1), blocks.max(axis=-1)
 
 
 def may_meet(low: Array, high: Array, other_low: Array, other_high: Array) -> Array:
@@ -110,7 +61,7 @@ def run_of(low: Array, high: Array, ids: Array, size: int, lo: Array, hi: Array)
     at_lo, at_end = (jnp.take_along_axis(blocks, x[..., None], axis=1) == low[..., None] for x in (lo, hi - 1))
     first = lo * size + jnp.where(at_lo, index, size).min(axis=-1)
     end = (hi - 1) * size + jnp.where(at_end, index + 1, 0).max(axis=-1)
-    one_lo, one_hi = same_segment(low, high, *extremes(ids, size))
+    one_lo, one_hi = same_segment(low, high, *tiles.extremes(ids, size))
     between = jnp.maximum(hi - lo - 2, 0)
     same_between = (between == 0) | ((one_lo <= lo + 1) & (one_hi >= hi - 1))
     found = at_lo.sum(axis=-1) + jnp.where(hi - lo > 1, at_end.sum(axis=-1), 0) + between * size

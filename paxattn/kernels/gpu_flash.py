@@ -19,7 +19,7 @@ from paxattn.kernels import (
     online_softmax,
     tiles,
 )
-from paxattn.kernels.gpu_blocks import LOG2E, Problem
+from paxattn.kernels.problem import LOG2E, Problem
 
 
 @dataclass(frozen=True)

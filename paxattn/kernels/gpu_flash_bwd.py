@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import gpu_queue, hopper, tiles
-from paxattn.kernels.gpu_blocks import ROWS, Problem, iota, load_segments, pad_segments
+from paxattn.kernels.gpu_blocks import ROWS, iota, load_segments, pad_segments
 from paxattn.kernels.gpu_flash_bwd_plan import WARPGROUPS, Config, Item, Plan, segment_bounds, split_of
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
+from paxattn.kernels.problem import Problem
 
 DS_FULL = hopper.FIRST_BARRIER
 DS_EMPTY = DS_FULL + 2

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.kernels import tiles
-from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, same_segment, span
+from paxattn.kernels.gpu_blocks import ROWS, divide, in_range, may_meet, same_segment, span
+from paxattn.kernels.problem import Problem
 
 WARPGROUPS = 2  # that own dk and dv
 
@@ -321,8 +322,8 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
 
     The ranges are widened until neither end falls from one tile to the next: a block's tiles are then consecutive.
     """
-    q_low, q_high = extremes(q_seg, config.block_q)
-    kv_low, kv_high = extremes(kv_seg, config.block_kv)
+    q_low, q_high = tiles.extremes(q_seg, config.block_q)
+    kv_low, kv_high = tiles.extremes(kv_seg, config.block_kv)
     lo, hi = query_range(problem, config.block_q, jnp.arange(kv_low.shape[1]) * config.block_kv, config.block_kv)
     lo, hi = span(may_meet(kv_low, kv_high, q_low, q_high) & in_range(lo, hi, q_low.shape[1]))
     hi = lax.cummax(hi, axis=1)

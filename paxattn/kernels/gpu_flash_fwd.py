@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import gpu_queue, hopper, tiles
-from paxattn.kernels.gpu_blocks import LOG2E, ROWS, Problem, iota, load_segments, pad_segments
+from paxattn.kernels.gpu_blocks import ROWS, iota, load_segments, pad_segments
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item, Plan, open_range, segment_bounds
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
+from paxattn.kernels.problem import LOG2E, Problem
 
 LOOK_UP = 4  # blocks of keys that are visited while the next item is looked up
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are

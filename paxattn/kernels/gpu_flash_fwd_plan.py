@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.kernels import tiles
-from paxattn.kernels.gpu_blocks import ROWS, Problem, divide, extremes, in_range, may_meet, run_of, span
+from paxattn.kernels.gpu_blocks import ROWS, divide, in_range, may_meet, run_of, span
+from paxattn.kernels.problem import Problem
 
 L2_BYTES = 16 * 2**20  # keys and values that stay in the L2 cache beside all that passes through it
 
@@ -212,8 +213,8 @@ def segment_bounds(problem: Problem, config: Config, q_seg: Array, kv_seg: Array
     """int32 [B,tiles,6], of each query tile: the KV blocks [0, 1) that it visits, the keys [2, 3) that it may see,
     whether not every query of it sees all of them but for causality and windows, and the tile that has its rank in
     the order of work, longest first; and [B,blocks,2], of each KV block the lowest and the highest id."""
-    block_kv, low, high = config.block_kv, *extremes(q_seg, config.block_q)
-    kv_low, kv_high = extremes(kv_seg, block_kv)
+    block_kv, low, high = config.block_kv, *tiles.extremes(q_seg, config.block_q)
+    kv_low, kv_high = tiles.extremes(kv_seg, block_kv)
     lo, hi = block_range(problem, block_kv, jnp.arange(low.shape[1]) * config.block_q, config.block_q)
     lo, hi = span(may_meet(low, high, kv_low, kv_high) & in_range(lo, hi, kv_low.shape[1]))
     lo = jnp.minimum(lo, kv_low.shape[1] - 1)

@@ -17,8 +17,9 @@ from paxattn.kernels import (
     hopper,
     online_softmax,
 )
-from paxattn.kernels.gpu_blocks import ROWS, Problem
+from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
+from paxattn.kernels.problem import Problem
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)

@@ -19,10 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, hopper_lanes, hopper_pages, tiles
-from paxattn.kernels.gpu_blocks import LOG2E, ROWS, divide, iota
+from paxattn.kernels.gpu_blocks import ROWS, divide, iota
 from paxattn.kernels.gpu_paged_plan import Config, Item, Plan, Problem
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 from paxattn.kernels.hopper_lanes import LANES
+from paxattn.kernels.problem import LOG2E
 
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
 LINE = 32  # entries of the page table that come together

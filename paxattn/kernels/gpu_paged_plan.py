@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.kernels import hopper_lanes, tiles
-from paxattn.kernels.gpu_blocks import ROWS, Scaled, divide
+from paxattn.kernels.gpu_blocks import ROWS, divide
 from paxattn.kernels.hopper import CHUNK
 from paxattn.kernels.hopper_lanes import LANES
+from paxattn.kernels.problem import Scaled
 
 SHARED_BYTES = 225 * 1024  # of a block, with room left for barriers
 ROWS_A_LANE = 8

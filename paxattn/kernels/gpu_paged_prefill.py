@@ -14,11 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import gpu_queue, hopper, hopper_lanes
-from paxattn.kernels.gpu_blocks import ROWS, Problem, iota
+from paxattn.kernels.gpu_blocks import ROWS, iota
 from paxattn.kernels.gpu_flash_fwd import LOOK_UP, Consumer, Producer, Taken, scratch_of, take_items
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item
 from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan, most_tiles, tiles_of
 from paxattn.kernels.hopper import ROW
+from paxattn.kernels.problem import Problem
 
 
 def prefill(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.kernels import tiles
-from paxattn.kernels.gpu_blocks import Problem, divide
+from paxattn.kernels.gpu_blocks import divide
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item, Place
+from paxattn.kernels.problem import Problem
 
 FIELDS = 10  # of an item
 

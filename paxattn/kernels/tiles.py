@@ -29,3 +29,9 @@ def block_in_window(q_lo: Array, q_hi: Array, kv_lo: Array, kv_hi: Array, left: 
 
 def cdiv(a, b):
     return -(-a // b)
+
+
+def extremes(segments: Array, size: int) -> tuple[Array, Array]:
+    """Of segments [B,n] in blocks of `size`: the lowest and the highest id of each, [B,n / size]."""
+    blocks = segments.reshape(segments.shape[0], -1, size)
+    return blocks.min(axis=-1), blocks.max(axis=-1)

@@ -1,0 +1,40 @@
+"""TPUs that are not there: kernels interpreted on the CPU, and compiled by libtpu for a chip of each generation."""
+
+import contextlib
+import os
+
+import jax
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+GENERATIONS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@contextlib.contextmanager
+def interpreted():
+    """Kernels that are called here run on the CPU; what is read before it is written is NaN, and races are errors."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+        try:
+            yield
+            assert not interpret_pallas_call.races.races_found
+        finally:
+            pltpu.reset_tpu_interpret_mode_state()
+
+
+def chip(generation):
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'jax[tpu]'")
+    # Read when libtpu is loaded: no machine to ask which TPU it has, and no lock, as nobody has one.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(GENERATIONS[generation], platform="tpu").devices[0]
+
+
+def compile_for(generation, fn, *args):
+    """Compile fn for one chip; args are pytrees of ShapeDtypeStruct."""
+    sharding = jax.sharding.SingleDeviceSharding(chip(generation))
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    return jax.jit(fn).lower(*placed).compile()
