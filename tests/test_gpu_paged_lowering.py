@@ -147,11 +147,32 @@ def test_lowers_under_shard_map_over_heads():
     assert module.count("custom_call @mosaic_gpu") == 2
 
 
+MANY = dict(q_lens=(300, 1), kv_lens=(300, 400), heads=(8, 2, 64), page_size=16, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("prefix", [None, 16])
 @pytest.mark.usefixtures("on_hopper")
-def test_lowers_where_the_user_has_64_bits_and_strict_promotion():
+def test_chunks_and_prefixes_lower_under_shard_map_over_heads(prefix):
+    mesh = jax.sharding.AbstractMesh((1,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    inputs = shapes(**MANY, sinks=True)
+
+    def step(q, pages, table, kv_lens, cu_q_lens, sinks):
+        options = dict(sinks=sinks, shared_prefix_len=prefix, implementation=GPU)
+        return paged_attention(q, pages, table, kv_lens, cu_q_lens, **options)
+
+    heads, of_pages = P(None, "h", None), P(None, None, "h", None)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(heads, of_pages, P(), P(), P(), P("h")), out_specs=heads)
+    assert module_for_cuda(sharded, *inputs.values()).count("custom_call @mosaic_gpu") == (3 if prefix else 2)
+
+
+@pytest.mark.parametrize("options", [dict(max_q_len=1), dict(), dict(shared_prefix_len=16)], ids=str)
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_where_the_user_has_64_bits_and_strict_promotion(options):
+    window = {} if "shared_prefix_len" in options else dict(window=40)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        inputs = shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16", sinks=True)
-        assert "custom_call @mosaic_gpu" in module_of(inputs, max_q_len=1, window=40)
+        inputs = shapes(**MANY, sinks=True)
+        assert "custom_call @mosaic_gpu" in module_of(inputs, **options, **window)
 
 
 def test_every_pair_of_choices_is_in_the_list():
