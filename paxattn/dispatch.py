@@ -31,7 +31,12 @@ MODULES = {
 ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)}
 
 # Served by name alone, until all tests of these kernels have passed on the machine that they are for.
-BY_NAME = {("paged_attention", "mosaic_gpu"), ("write_pages", "mosaic_gpu")}
+BY_NAME = {
+    ("flash_attention", "mosaic_tpu"),
+    ("paged_attention", "mosaic_gpu"),
+    ("paged_attention", "mosaic_tpu"),
+    ("write_pages", "mosaic_gpu"),
+}
 
 
 def call(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:

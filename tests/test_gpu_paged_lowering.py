@@ -229,3 +229,8 @@ def test_what_is_served_by_name_alone_is_no_default(op, monkeypatch):
     with pytest.raises(NotImplementedError, match=op):
         dispatch.call(op, None)
     assert asked == [name for name in ("mosaic_gpu", "xla") if (op, name) not in dispatch.BY_NAME]
+
+
+def test_what_is_not_there_declines_by_name():
+    with pytest.raises(NotImplementedError, match="write_pages has no 'mosaic_tpu'"):
+        dispatch.load("write_pages", "mosaic_tpu")

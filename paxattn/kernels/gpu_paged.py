@@ -41,7 +41,7 @@ def paged_attention(
         raise NotImplementedError(f"{longest} queries a row: 'mosaic_gpu' serves {few} where pages are compressed")
     # Of a window the prefix may be no part, and what reads a prefix reads no compressed pages.
     shared = shared_prefix_len is not None and left is None and not compressed
-    skipped = shared_prefix_len.reshape(1) if shared else None
+    skipped = _before_all(shared_prefix_len, kv_lens, cu_q_lens)[None] if shared else None
     arrays = q, jax.tree.leaves(pages), page_table, kv_lens, cu_q_lens, skipped, sinks
     given = jax.tree.leaves(arrays)
     arrays = online_softmax.vary_like(arrays, *given)
@@ -49,6 +49,13 @@ def paged_attention(
     if shared:
         results = _merge(results, _prefix(problem, *arrays[:-1]))
     return online_softmax.vary_like(results, *given)
+
+
+def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
+    """prefix_len, or less where new tokens of some row would be in the prefix, of which every query sees all."""
+    q_lens = jnp.diff(cu_q_lens)
+    old = jnp.where(q_lens > 0, kv_lens - q_lens, jnp.iinfo(jnp.int32).max)
+    return jnp.clip(prefix_len, 0, jnp.maximum(old.min(), 0))
 
 
 def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
