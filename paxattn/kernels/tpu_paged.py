@@ -7,7 +7,7 @@ copy brings all heads. What lies in a block beyond the tile's keys is masked; va
 is NaN.
 """
 
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paxattn.kernels import online_softmax, tiles
+from paxattn.kernels import online_softmax
 from paxattn.kernels.tpu_paged_plan import LANES, Config, Problem, cut, few_config, gather, many_config, scatter
 
 LOG2E = 1.4426950408889634
