@@ -69,7 +69,7 @@ class Refs(NamedTuple):
     row: Any  # [W]
     position: Any  # [W]
     queries: Any  # [W]
-    count: Any  # [1]
+    total: Any  # [1]
     # inputs
     q: Any  # [A,Q,D]
     token: Any  # [Q,1] the place of a row of q in its tile, and its head of K
@@ -105,7 +105,7 @@ def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tu
     if sinks is not None:
         by_head = sinks.astype(jnp.float32).reshape(heads, 1, problem.group) * LOG2E
         sinks = jnp.broadcast_to(by_head, (heads, config.tile, problem.group)).reshape(sets, queries, 1)
-    plan = work.row, work.position, work.queries, work.count
+    plan = work.row, work.position, work.queries, work.total
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     # Tiles that are not there stay on the last block, which is so copied once.
@@ -163,7 +163,7 @@ class Kernel(NamedTuple):
     def tile(self, i: Array) -> None:
         """All of a tile."""
         refs = self.refs
-        count = refs.count[0]
+        count = refs.total[0]
 
         @pl.when((i == 0) & (count > 0))
         def _start():
@@ -186,12 +186,12 @@ class Kernel(NamedTuple):
     def _look_ahead(self, i) -> None:
         """Ask for the next tile's first block, and for the line of the one after, into the place of this one's."""
 
-        @pl.when(i + 1 < self.refs.count[0])
+        @pl.when(i + 1 < self.refs.total[0])
         def _next():
             self._line(i + 1).wait()
             self._copy_pages(i + 1, 0)
 
-        @pl.when(i + 2 < self.refs.count[0])
+        @pl.when(i + 2 < self.refs.total[0])
         def _after_next():
             self._line(i + 2).start()
 

@@ -86,12 +86,12 @@ def _pages(problem: Problem) -> int:
 
 
 class Tiles(NamedTuple):
-    """W tiles, of which the first `count` are there. Traced."""
+    """W tiles, of which the first `total` are there. Traced."""
 
     row: Array  # [W]
     position: Array  # [W] place of the first query in the row's keys
     queries: Array  # [W]
-    count: Array  # [1]
+    total: Array  # [1]
     token: Array  # [W] the first query in the packed ones
     first: Array  # [R] the first tile of each row
 
