@@ -23,6 +23,7 @@ MODULES = {
     "paged_attention": {
         "xla": "paxattn.kernels.xla_paged",
         "mosaic_gpu": "paxattn.kernels.gpu_paged",
+        "mosaic_tpu": "paxattn.kernels.tpu_paged",
         "reference": "paxattn.reference",
     },
     "write_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
