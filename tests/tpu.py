@@ -4,6 +4,7 @@ import contextlib
 import os
 
 import jax
+import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import topologies
@@ -35,6 +36,8 @@ def chip(generation):
 
 def compile_for(generation, fn, *args):
     """Compile fn for one chip; args are pytrees of ShapeDtypeStruct."""
-    sharding = jax.sharding.SingleDeviceSharding(chip(generation))
+    mesh = jax.sharding.Mesh(np.array([chip(generation)]), ("chip",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    return jax.jit(fn).lower(*placed).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which says what some of Pallas asks the device
+        return jax.jit(fn).lower(*placed).compile()
