@@ -51,6 +51,7 @@ def _case(
     kv_heads = kv_heads or (1 if group == 64 else 2 if group > 4 else 3)
     most = min(5, 64 // group) if queries == "some" else 1
     q_lens = tuple(_queries(queries, most, i, kv_len) for i, kv_len in enumerate(kv_lens))
+    padding = padding or int(not sum(q_lens))  # Arrays of nothing are declined.
     dropped = dropped and isinstance(window, int)
     options = dict(window=window, softcap=softcap, scale=scale, max_q_len=None if queries == "many" else most)
     flags = dict(window=window is not None, dropped=dropped, softcap=softcap is not None, sinks=sinks)
