@@ -2,7 +2,7 @@
 
 All there is to do is to read keys and values at the speed of memory. Every block of the grid has two workers, each a
 consumer warpgroup with a ring of tiles that its own producer warp fills page by page. A worker has an equal share of
-all blocks of keys (`gpu_paged_plan`). The queries of a row that share a KV head are the rows of one tile of 64, most of
+most blocks of keys, and of the others as many as it is ready for (`gpu_paged_plan`). The queries of a row that share a KV head are the rows of one tile of 64, most of
 them unused: the tensor cores have time. Parts of an item that several workers share go to global memory, and the last
 of them to be done merges them in a fixed order.
 """
@@ -18,19 +18,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paxattn.kernels import hopper, hopper_lanes, hopper_pages, tiles
+from paxattn.kernels import gpu_queue, hopper, hopper_lanes, hopper_pages, tiles
 from paxattn.kernels.gpu_blocks import ROWS, divide, iota
-from paxattn.kernels.gpu_paged_plan import Config, Item, Plan, Problem
+from paxattn.kernels.gpu_paged_plan import FIELDS, Config, Item, Plan, Problem
 from paxattn.kernels.hopper import CHUNK, COL, ROW, WGMMA
 from paxattn.kernels.hopper_lanes import LANES
 from paxattn.kernels.problem import LOG2E
 
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
 LINE = 32  # entries of the page table that come together
-EIGHT = 8  # rows that are merged at a time, a quarter of their columns by each warp
-MERGED = plgpu.Layout.TILED(plgpu.Tiling(((EIGHT, 64), (EIGHT, 16), (4,))), (-4,), (-3, -2), -1)
 FEW = 4  # parts of an item that are on their way together where there are no more, and
-MANY_REGISTERS = 136  # what more of them may fill: a round costs the latency of memory, however many are on their way
+MANY_REGISTERS = 96  # what more of them may fill: a round costs the latency of memory, however many are on their way
 # Registers a thread of two consumers and a producer: the 3 x 168 that they start with, shared out. For more than there
 # are a consumer would wait for ever.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
@@ -38,7 +36,8 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 72
 
 @dataclass(frozen=True)
 class Kind:
-    """What pages of a kind are read by: producers, of which a worker has one each, and a consumer."""
+    """What pages of a kind are read by: producers, of which a worker has one each, the first of which finds out what to
+    read, and a consumer."""
 
     scratch: Callable[[Problem, Config, Any], dict]
     producers: tuple[type, ...]
@@ -55,7 +54,8 @@ def decode(
     """
     workers = num_sms * config.warpgroups
     queries, *pages = (x.reshape(-1, *x.shape[2:]) for x in (q, *pages))
-    part_rows = 2 * workers * tiles.cdiv(problem.packed, EIGHT) * EIGHT
+    units = workers * (1 + config.small)
+    part_rows = 2 * units * tiles.cdiv(problem.packed, merged_rows(problem)) * merged_rows(problem)
     out_type = (
         jax.ShapeDtypeStruct(queries.shape, q.dtype),
         jax.ShapeDtypeStruct((problem.heads * problem.tokens,), jnp.float32),
@@ -64,10 +64,12 @@ def decode(
     )
     given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
     body = partial(_kernel, kind, problem, config, num_sms, len(pages), tuple(given))
-    call = hopper.kernel(body, num_sms, config.warpgroups, kind.scratch(problem, config, pages[0].dtype), out_type)
+    scratch = kind.scratch(problem, config, pages[0].dtype)
+    scratch |= gpu_queue.scratch(len(kind.producers), FIELDS, config.warpgroups)
+    call = hopper.kernel(body, num_sms, config.warpgroups, scratch, out_type)
 
     def run(*inputs):
-        return call(*inputs, jax.new_ref(jnp.zeros(4 * workers, jnp.int32)))
+        return call(*inputs, jax.new_ref(jnp.zeros(4 * units + 1, jnp.int32)))
 
     out, lse, *_ = hopper.apart(run)(queries, *pages, page_table, kv_lens, cu_q_lens, *given.values())
     return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
@@ -81,6 +83,19 @@ def _scratch(problem: Problem, config: Config, dtype) -> dict:
         full=plgpu.Barrier(num_arrivals=arrivals(problem, config), num_barriers=wgs * slots),
         free=plgpu.Barrier(num_barriers=wgs * slots),
     )
+
+
+def merged_rows(problem: Problem) -> int:
+    """Rows that are merged at a time, a quarter of their columns by each warp."""
+    return 4 if problem.packed <= 4 else 8
+
+
+def merged(problem: Problem) -> Any:
+    """The layout of those rows."""
+    rows = merged_rows(problem)
+    width = 128 if rows == 4 and problem.columns >= 128 else 64
+    vector = rows * width // 128
+    return plgpu.Layout.TILED(plgpu.Tiling(((rows, width), (rows, width // 4), (vector,))), (-4,), (-3, -2), -1)
 
 
 def pages_in(problem: Problem, config: Config) -> int:
@@ -118,7 +133,8 @@ def _kernel(kind: Kind, problem: Problem, config: Config, num_sms: int, arrays: 
         def _(warp):
             for i, producer in enumerate(kind.producers):
                 for which in range(config.warpgroups):
-                    its = producer(plan, which, worker + which, smem, pages, page_table)
+                    dealt = None if i else counters.at[4 * plan.units]
+                    its = producer(plan, which, worker + which, smem, pages, page_table, dealt)
                     pl.when(warp == i * config.warpgroups + which)(its.run)
 
 
@@ -132,6 +148,7 @@ class Producer:
     smem: dict
     pages: Sequence[Any]  # [N*P,K,...]
     page_table: Any
+    dealt: Any  # how many units have been dealt out besides those that workers begin with; None where another one asks
 
     slots_a_block: ClassVar[int] = 2
 
@@ -141,8 +158,19 @@ class Producer:
     def fill(self) -> Array:
         """Returns how many slots have been filled."""
         self.prefetch_table()
-        start = self.plan.start(self.worker), jnp.int32(0)
-        return lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)[1]
+        nothing = Item(*(jnp.int32(0) for _ in range(FIELDS)))
+        start = jnp.int32(0), nothing, jnp.int32(0)
+        return lax.while_loop(lambda carry: (carry[0] == 0) | (carry[1].blocks > 0), self.one_item, start)[2]
+
+    def item(self, turn, before: Item) -> Item:
+        """The worker's item of that number; of no blocks where there is none."""
+        if self.dealt is None:
+            return Item(*gpu_queue.read(self.smem, turn, self.wg))
+        late = lambda: self.plan.workers + hopper.fetch_add(self.dealt)
+        start = lambda: self.plan.start(lax.cond(turn == 1, lambda: self.worker, late))
+        item = lax.cond(before.ends_piece, start, lambda: self.plan.next(before))
+        gpu_queue.leave(self.smem, turn, *jax.tree.leaves(item), ring=self.wg)
+        return item
 
     def prefetch_table(self) -> None:
         """Have the table, or its first megabyte, on its way while the lengths tell which of its rows is needed."""
@@ -153,7 +181,8 @@ class Producer:
 
     def one_item(self, carry):
         # What is looked up here comes while the tiles of the item before wait to be read.
-        item, count = carry
+        turn, before, count = carry
+        item = self.item(turn + 1, before)
 
         def one_block(j, held):
             batch, entries, more = held
@@ -167,7 +196,7 @@ class Producer:
             return batch, entries, more
 
         lax.fori_loop(0, item.blocks, one_block, (jnp.int32(0), self.entries(item, 0), self.entries(item, 1)))
-        return self.plan.next(item), count + self.slots_a_block * item.blocks
+        return turn + 1, item, count + self.slots_a_block * item.blocks
 
     def page(self, item: Item, j) -> Array:
         """The row's page in which block j of the item begins."""
@@ -217,9 +246,9 @@ class Consumer:
     sinks: Any  # [H]
     out: Any  # [T*H,D]
     lse: Any  # [H*T]
-    part: Any  # [2*workers*rows,D]: of each worker the item that it goes on with, then the one that others go on with
+    part: Any  # [2*units*rows,D]: of each unit the item that it goes on with, then the one that others go on with
     part_lse: Any
-    counters: Any  # [4*workers]: of the item that each worker begins and others go on with, how many have left a part
+    counters: Any  # [4*units+1]: of the item that each unit begins and others go on with, how many have left a part
 
     slots_a_block: ClassVar[int] = 2
     weight: ClassVar[float] = 1.0  # of the weights that the sums are of
@@ -233,12 +262,15 @@ class Consumer:
         return self.plan.config
 
     def run(self) -> None:
-        start = self.plan.start(self.worker), jnp.int32(0)
-        lax.while_loop(lambda carry: carry[0].blocks > 0, self.one_item, start)
+        start = jnp.int32(1), self.item(jnp.int32(1)), jnp.int32(0)
+        lax.while_loop(lambda carry: carry[1].blocks > 0, self.one_item, start)
         self.clear_padding()
 
+    def item(self, turn) -> Item:
+        return Item(*gpu_queue.read(self.smem, turn, self.wg))
+
     def one_item(self, carry):
-        item, count = carry
+        turn, item, count = carry
         self.load_queries(item)
         o = plgpu.layout_cast(jnp.zeros((ROWS, self.problem.columns), jnp.float32), WGMMA)
         m = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), ROW)
@@ -252,7 +284,7 @@ class Consumer:
             lambda: self.write(item, o, lse, iota(ROWS, ROW), WGMMA),
             lambda: self.leave_part(item, o, lse),
         )
-        return self.plan.next(item), count + self.slots_a_block * item.blocks
+        return turn + 1, self.item(turn + 1), count + self.slots_a_block * item.blocks
 
     def step(self, item: Item, count, j, state):
         o, m, l = state
@@ -359,68 +391,70 @@ class Consumer:
 
     @property
     def part_rows(self) -> int:
-        return tiles.cdiv(self.problem.packed, EIGHT) * EIGHT
+        return tiles.cdiv(self.problem.packed, merged_rows(self.problem)) * merged_rows(self.problem)
 
     def leave_part(self, item: Item, o, lse) -> None:
         first, last = self.plan.parts(item)
         packed = iota(ROWS, ROW)
-        at = self.place(item, lax.div(self.worker, jnp.int32(self.plan.team)), first)
+        at = self.place(item, item.piece, first)
         rows = jnp.where(packed < item.q_len * self.problem.group, packed + at, -1)
         hopper_lanes.store_rows(self.part, rows, o, WGMMA)
         hopper_lanes.store_rows(self.part_lse, rows, lse, WGMMA)
         self.meet()
         # Each warp finds out by itself whether its quarter of the columns is to be merged here.
-        at = 4 * self.plan.worker(first, item) + hopper_lanes.warp()
+        at = 4 * self.plan.unit(first, item) + hopper_lanes.warp()
         arrived = hopper_lanes.count_arrival(self.counters.at[at])
         pl.when(arrived == last - first)(partial(self.merge, item, first, last))
 
-    def place(self, item: Item, team, first) -> Array:
-        """Where the part of a team begins, of an item that team `first` begins."""
-        return (2 * self.plan.worker(team, item) + jnp.where(team == first, 1, 0)) * self.part_rows
+    def place(self, item: Item, piece, first) -> Array:
+        """Where the part of a piece begins, of an item that begins in the piece `first`."""
+        return (2 * self.plan.unit(piece, item) + jnp.where(piece == first, 1, 0)) * self.part_rows
 
     def merge(self, item: Item, first, last) -> None:
-        rows = tiles.cdiv(self.problem.packed, EIGHT)
-        if rows == 1:
-            return self.merge_eight(item, first, last, 0)
-        used = lax.div(item.q_len * self.problem.group + (EIGHT - 1), jnp.int32(EIGHT))
-        return lax.fori_loop(0, used, lambda i, _: self.merge_eight(item, first, last, EIGHT * i), None)
+        rows = merged_rows(self.problem)
+        if self.part_rows == rows:
+            return self.merge_rows(item, first, last, 0)
+        used = lax.div(item.q_len * self.problem.group + (rows - 1), jnp.int32(rows))
+        return lax.fori_loop(0, used, lambda i, _: self.merge_rows(item, first, last, rows * i), None)
 
-    def merge_eight(self, item: Item, first, last, row) -> None:
-        shape = EIGHT, self.part.shape[1]
-        many = MANY_REGISTERS // (shape[1] // (128 // EIGHT))
+    def merge_rows(self, item: Item, first, last, row) -> None:
+        shape, layout = (merged_rows(self.problem), self.part.shape[1]), merged(self.problem)
+        many = MANY_REGISTERS // (shape[0] * shape[1] // 128)
         rounds = lax.div(jnp.maximum(last - first - FEW, -1) + many, jnp.int32(many))
         rest = first + rounds * many
         some = partial(self.add_parts, item, first, last, row)
-        of_rows = MERGED.reduce(1)
-        o = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MERGED)
-        m = plgpu.layout_cast(jnp.full((EIGHT,), NEVER, jnp.float32), of_rows)
-        l = plgpu.layout_cast(jnp.zeros((EIGHT,), jnp.float32), of_rows)
+        of_rows = layout.reduce(1)
+        o = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+        m = plgpu.layout_cast(jnp.full(shape[:1], NEVER, jnp.float32), of_rows)
+        l = plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), of_rows)
         state = lax.fori_loop(0, rounds, lambda i, state: some(first + i * many, many, state), (o, m, l))
         o, m, l = lax.cond(rest <= last, lambda: some(rest, FEW, state), lambda: state)
         seen = l != 0
-        o = o * hopper_lanes.along(jnp.where(seen, 1 / l, 0.0), shape, MERGED)
+        o = o * hopper_lanes.along(jnp.where(seen, 1 / l, 0.0), shape, layout)
         lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
-        self.write(item, o, lse, iota(EIGHT, of_rows) + row, MERGED)
+        self.write(item, o, lse, iota(shape[0], of_rows) + row, layout)
 
-    def add_parts(self, item: Item, first, last, row, team, count: int, state):
+    def add_parts(self, item: Item, first, last, row, piece, count: int, state):
         o, m, l = state
-        parts = [self.read_part(item, first, last, team + n, row) for n in range(count)]
+        layout = merged(self.problem)
+        parts = [self.read_part(item, first, last, piece + n, row) for n in range(count)]
         higher = m
         for _, lse in parts:
             higher = jnp.maximum(higher, lse)
         alpha = jnp.exp2(m - higher)
-        o, l = o * hopper_lanes.along(alpha, o.shape, MERGED), l * alpha
+        o, l = o * hopper_lanes.along(alpha, o.shape, layout), l * alpha
         for part, lse in parts:
             weight = jnp.exp2(lse - higher)
-            o, l = o + part * hopper_lanes.along(weight, o.shape, MERGED), l + weight
+            o, l = o + part * hopper_lanes.along(weight, o.shape, layout), l + weight
         return o, higher, l
 
-    def read_part(self, item: Item, first, last, team, row) -> tuple[Array, Array]:
-        """What a team found for eight rows; past the last one, something of no weight."""
-        at = pl.ds(self.place(item, jnp.minimum(team, last), first) + row, EIGHT)
-        part = plgpu.load(self.part.at[at], layout=MERGED, optimized=False)
-        lse = plgpu.load(self.part_lse.at[at], layout=MERGED.reduce(1), optimized=False)
-        return part, lse + jnp.where(team <= last, 0.0, -jnp.inf)
+    def read_part(self, item: Item, first, last, piece, row) -> tuple[Array, Array]:
+        """What was found in a piece for some rows; past the last one, something of no weight."""
+        layout = merged(self.problem)
+        at = pl.ds(self.place(item, jnp.minimum(piece, last), first) + row, merged_rows(self.problem))
+        part = plgpu.load(self.part.at[at], layout=layout, optimized=False)
+        lse = plgpu.load(self.part_lse.at[at], layout=layout.reduce(1), optimized=False)
+        return part, lse + jnp.where(piece <= last, 0.0, -jnp.inf)
 
     def clear_padding(self) -> None:
         """Tokens that belong to no row give 0, and an lse of -inf."""

@@ -2,12 +2,15 @@
 
 Workers form teams, one worker a KV head: a token's heads are neighbours in memory, and a team reads them at the same
 time, as a row of DRAM is dear to open. More heads than a team has members are several sets. All blocks of keys of all
-rows stand in one line: row after row, in a row set after set. The line is cut into as many equal shares as there are
-teams (stream-K, Osama et al. 2023). A worker so has parts of a few (row, head) items; those that other teams have parts
-of, too, are merged by the last of them.
+rows stand in one line: row after row, in a row set after set. The line is cut into pieces (stream-K, Osama et al.
+2023): first an equal share for each team, which are most of it, then small pieces. A member's part of a piece is a unit.
+The worker of that number begins with it; the units of small pieces are for whoever is ready first, as memory does not
+serve all multiprocessors equally. A worker so has parts of a few (row, head) items; those of which there are parts in
+other pieces, too, are merged by whoever is the last to be done with one. Where the line is cut does not depend on who
+reads a piece, so results have the same bits every time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -21,7 +24,7 @@ from paxattn.kernels.hopper_lanes import LANES
 from paxattn.kernels.problem import Scaled
 
 SHARED_BYTES = 225 * 1024  # of a block, with room left for barriers
-ROWS_A_LANE = 8
+ROWS_A_LANE = 8  # whose lengths are on their way together
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Config:
     block: int  # keys
     slots: int  # tiles of keys or values that a worker has in flight
     warpgroups: int = 2  # workers in a block of the grid
+    late: int = 2  # sixteenths of all blocks that are in small pieces
+    small: int = 2  # small pieces a team, at most
 
 
 def config_for(problem: Problem) -> Config:
@@ -88,13 +93,21 @@ class Item:
     begin: Array  # the first key that any query sees
     before: Array  # blocks in the line before the item's first
     total: Array  # blocks of the item, whoever reads them
-    unread: Array  # blocks that the team has left, this item's included
-    share: Array  # blocks of every team, and how many teams have one more
-    extra: Array
+    unread: Array  # blocks that are left of the piece, this item's included
+    piece: Array
+    share: Array  # blocks of a team's first piece, and of a small one
+    few: Array
 
     @property
     def whole(self) -> Array:
         return self.blocks == self.total
+
+    @property
+    def ends_piece(self) -> Array:
+        return self.unread <= self.blocks
+
+
+FIELDS = len(fields(Item))
 
 
 @dataclass(frozen=True)
@@ -118,46 +131,53 @@ class Plan:
     def teams(self) -> int:
         return self.workers // self.team
 
-    def start(self, worker: Array) -> Item:
-        """The first item of a worker; all lanes of a warp find it together."""
+    @property
+    def units(self) -> int:
+        """How many there are at most."""
+        return self.workers * (1 + self.config.small)
+
+    def start(self, unit: Array) -> Item:
+        """The first item of a unit, of no blocks where there is none; all lanes of a warp find it together."""
         sets = self.problem.kv_heads // self.team
-        team, member = divide(worker, self.team)
-        each = min(ROWS_A_LANE, tiles.cdiv(self.rows, LANES))
-        groups = tiles.cdiv(self.rows, LANES * each)
-        counts = self._counts(jnp.int32(0), each)
+        piece, member = divide(unit, self.team)
+        lines = min(ROWS_A_LANE, tiles.cdiv(self.rows, LANES))
+        groups = tiles.cdiv(self.rows, LANES * lines)
+        sums = self._sums(jnp.int32(0), lines)
 
-        def counts_of(group):
-            return counts if groups == 1 else self._counts(group, each)
+        def sums_of(group):
+            return sums if groups == 1 else self._sums(group, lines)
 
-        def add(group, total):
-            return total + hopper_lanes.warp_sum(sum(n for _, n in counts_of(group)))
+        total = _each(groups, lambda group, total: total + sum(n for _, n in sums_of(group)), jnp.int32(0)) * sets
+        share = jnp.maximum(divide(lax.div(total, jnp.int32(16)) * (16 - self.config.late), self.teams)[0], 1)
+        late = jnp.maximum(total - share * self.teams, 0)
+        few = jnp.maximum(divide(late + (self.config.small * self.teams - 1), self.config.small * self.teams)[0], 1)
 
-        total = _each(groups, add, jnp.int32(0))
-        share, extra = divide(total * sets, self.teams)
-        first = team * share + jnp.minimum(team, extra)
+        def begin_of(piece):
+            early = jnp.minimum(piece, self.teams)
+            return jnp.minimum(early * share + (piece - early) * few, total)
+
+        first = begin_of(piece)
 
         def find(group, found):
-            before, row, before_row = found
-            of_lane = counts_of(group)
-            mine = sum(n for _, n in of_lane)
-            scanned = hopper_lanes.warp_scan(mine)
-            at = before + scanned - mine
-            for candidate, n in of_lane:
-                inside = (first >= at * sets) & (first < (at + n) * sets)
-                row += jnp.where(inside, candidate, 0)
-                before_row += jnp.where(inside, at, 0)
-                at += n
-            return before + hopper_lanes.from_lane(scanned, jnp.int32(LANES - 1)), row, before_row
+            before, line, before_line = found
+            for start, n in sums_of(group):
+                inside = (first >= before * sets) & (first < (before + n) * sets)
+                line, before_line = jnp.where(inside, start, line), jnp.where(inside, before, before_line)
+                before += n
+            return before, line, before_line
 
-        _, row, before_row = _each(groups, find, (jnp.int32(0),) * 3)
-        row, before_row = hopper_lanes.warp_sum(row), hopper_lanes.warp_sum(before_row)
-        unread = share + jnp.where(team < extra, 1, 0)
+        _, line, before_line = _each(groups, find, (jnp.int32(0),) * 3)
+        mine = self._count(line + hopper_lanes.lane())
+        at = before_line + hopper_lanes.warp_scan(mine) - mine
+        inside = (first >= at * sets) & (first < (at + mine) * sets)
+        row, before_row = (hopper_lanes.warp_sum(jnp.where(inside, x, 0)) for x in (line + hopper_lanes.lane(), at))
         *_, count = self._row(row)
         index, skipped = divide(jnp.maximum(first - before_row * sets, 0), jnp.maximum(count, 1))
-        return self._item(row, index * self.team + member, skipped, first - skipped, unread, share, extra)
+        unread = begin_of(piece + 1) - first
+        return self._item(row, index * self.team + member, skipped, first - skipped, unread, piece, share, few)
 
     def next(self, item: Item) -> Item:
-        """What the worker reads after `item`; of no blocks where it has read its share."""
+        """What comes after `item` in its piece, which it does not end."""
         head = item.head + self.team
         same_row = head < self.problem.kv_heads
         row = lax.while_loop(
@@ -166,33 +186,37 @@ class Plan:
             jnp.where(same_row, item.row, jnp.minimum(item.row + 1, self.rows - 1)),
         )
         head = jnp.where(same_row, head, lax.rem(head, jnp.int32(self.team)))
-        before = item.before + item.total
-        return self._item(row, head, jnp.int32(0), before, item.unread - item.blocks, item.share, item.extra)
+        before, unread = item.before + item.total, item.unread - item.blocks
+        return self._item(row, head, jnp.int32(0), before, unread, item.piece, item.share, item.few)
 
     def parts(self, item: Item) -> tuple[Array, Array]:
-        """The first and the last of the teams that have a part of the item."""
-        return self._team_of(item, item.before), self._team_of(item, item.before + item.total - 1)
+        """The first and the last of the pieces that have a part of the item."""
+        return self._piece_of(item, item.before), self._piece_of(item, item.before + item.total - 1)
 
-    def worker(self, team: Array, item: Item) -> Array:
-        """Who of a team reads the item's head."""
-        return team * self.team + lax.rem(item.head, jnp.int32(self.team))
+    def unit(self, piece: Array, item: Item) -> Array:
+        """That of a piece in which the item's head is read."""
+        return piece * self.team + lax.rem(item.head, jnp.int32(self.team))
 
-    def _team_of(self, item: Item, unit: Array) -> Array:
-        longer = item.extra * (item.share + 1)
-        late = item.extra + lax.div(jnp.maximum(unit - longer, 0), jnp.maximum(item.share, 1))
-        return jnp.where(unit < longer, lax.div(unit, item.share + 1), late)
+    def _piece_of(self, item: Item, place: Array) -> Array:
+        early = lax.div(place, item.share)
+        late = self.teams + lax.div(jnp.maximum(place - item.share * self.teams, 0), item.few)
+        return jnp.where(early < self.teams, early, late)
 
-    def _item(self, row, head, skipped, before, unread, share, extra) -> Item:
+    def _item(self, row, head, skipped, before, unread, piece, share, few) -> Item:
         q_start, q_len, kv_len, begin, first, total = self._row(row)
         blocks = jnp.minimum(total - skipped, unread)
         place = row, head, first + skipped, blocks, q_start, q_len, kv_len, begin
-        return Item(*place, before, total, unread, share, extra)
+        return Item(*place, before, total, unread, piece, share, few)
 
-    def _counts(self, group, each: int) -> list[tuple[Array, Array]]:
-        """Of the rows that this lane looks after, each with the number of its blocks; of a group of 32 x each rows."""
-        start = (group * LANES + hopper_lanes.lane()) * each
-        rows = [start + i for i in range(each)]
-        return [(row, jnp.where(row < self.rows, self._row(jnp.minimum(row, self.rows - 1))[-1], 0)) for row in rows]
+    def _sums(self, group, lines: int) -> list[tuple[Array, Array]]:
+        """Of so many times 32 rows each the first, and how many blocks they have together."""
+        starts = [(group * lines + i) * LANES for i in range(lines)]
+        counts = [self._count(start + hopper_lanes.lane()) for start in starts]
+        return [(start, hopper_lanes.warp_sum(n)) for start, n in zip(starts, counts, strict=True)]
+
+    def _count(self, row) -> Array:
+        """A row's number of blocks, 0 where there is no such row."""
+        return jnp.where(row < self.rows, self._row(jnp.minimum(row, self.rows - 1))[-1], 0)
 
     def _row(self, row) -> tuple[Array, ...]:
         """A row's first query and number of queries, keys, first key seen, first block and number of blocks.

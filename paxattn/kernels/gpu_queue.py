@@ -16,13 +16,17 @@ from paxattn.kernels import hopper
 SLOTS = 4
 
 
-def scratch(readers: int, size: int = 1) -> dict:
-    """The ring, of so many int32 an item, for so many warpgroups or warps that each read all of them."""
+def scratch(readers: int, size: int = 1, rings: int = 1) -> dict:
+    """Rings, of so many int32 an item, each for so many warpgroups or warps that all read all of its items."""
     return dict(
-        taken=plgpu.SMEM((SLOTS, size), jnp.int32),
-        taken_full=plgpu.Barrier(num_barriers=SLOTS),
-        taken_free=plgpu.Barrier(num_arrivals=readers, num_barriers=SLOTS),
+        taken=plgpu.SMEM((rings * SLOTS, size), jnp.int32),
+        taken_full=plgpu.Barrier(num_barriers=rings * SLOTS),
+        taken_free=plgpu.Barrier(num_arrivals=readers, num_barriers=rings * SLOTS),
     )
+
+
+def _slot(turn, ring) -> Array:
+    return lax.rem(turn, SLOTS) + ring * SLOTS
 
 
 def take(counter: Any, blocks: int) -> Array:
@@ -30,34 +34,34 @@ def take(counter: Any, blocks: int) -> Array:
     return blocks + hopper.fetch_add(counter)
 
 
-def leave(smem: dict, turn, *fields: Array) -> None:
+def leave(smem: dict, turn, *fields: Array, ring=0) -> None:
     """Leave what is worked on as number `turn` >= 1 in the ring."""
-    slot = lax.rem(turn, SLOTS)
+    slot = _slot(turn, ring)
     pl.when(turn > SLOTS)(lambda: plgpu.barrier_wait(smem["taken_free"].at[slot]))
     for i, field in enumerate(fields):
         hopper.store_scalar(smem["taken"].at[slot, i], field)
     plgpu.barrier_arrive(smem["taken_full"].at[slot])
 
 
-def read(smem: dict, turn) -> list[Array]:
+def read(smem: dict, turn, ring=0) -> list[Array]:
     """What was left as number `turn` >= 1."""
-    await_item(smem, turn)
-    fields = look(smem, turn)
-    free(smem, turn)
+    await_item(smem, turn, ring)
+    fields = look(smem, turn, ring)
+    free(smem, turn, ring)
     return fields
 
 
-def await_item(smem: dict, turn) -> None:
-    plgpu.barrier_wait(smem["taken_full"].at[lax.rem(turn, SLOTS)])
+def await_item(smem: dict, turn, ring=0) -> None:
+    plgpu.barrier_wait(smem["taken_full"].at[_slot(turn, ring)])
 
 
-def look(smem: dict, turn) -> list[Array]:
+def look(smem: dict, turn, ring=0) -> list[Array]:
     """What is there as number `turn`, between `await_item` and `free`."""
-    return [smem["taken"][lax.rem(turn, SLOTS), i] for i in range(smem["taken"].shape[1])]
+    return [smem["taken"][_slot(turn, ring), i] for i in range(smem["taken"].shape[1])]
 
 
-def free(smem: dict, turn) -> None:
-    plgpu.barrier_arrive(smem["taken_free"].at[lax.rem(turn, SLOTS)])
+def free(smem: dict, turn, ring=0) -> None:
+    plgpu.barrier_arrive(smem["taken_free"].at[_slot(turn, ring)])
 
 
 def on_demand() -> dict:
