@@ -60,9 +60,12 @@ def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
 
 def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
     """Every row by itself: those of few queries in one kernel, those of many in another."""
-    kind = gpu_paged_codes.CODES if compressed else gpu_paged_decode.PLAIN
-    config = gpu_paged_codes.config_for(problem) if compressed else gpu_paged_plan.config_for(problem)
-    results = gpu_paged_decode.decode(kind, problem, config, multiprocessors(), *arrays)
+    if compressed:
+        kind, read_as, config = gpu_paged_codes.CODES, problem, gpu_paged_codes.config_for(problem)
+    else:
+        read_as = gpu_paged_plan.abreast(problem)
+        kind, config = gpu_paged_decode.PLAIN, gpu_paged_plan.config_for(read_as)
+    results = gpu_paged_decode.decode(kind, read_as, config, multiprocessors(), *arrays)
     if not some_are_long:
         return results
     few, page_table = ROWS // problem.group, arrays[2]

@@ -2,7 +2,7 @@
 
 All there is to do is to read keys and values at the speed of memory. Every block of the grid has two workers, each a
 consumer warpgroup with a ring of tiles that its own producer warp fills page by page. A worker has an equal share of
-most blocks of keys, and of the others as many as it is ready for (`gpu_paged_plan`). The queries of a row that share a KV head are the rows of one tile of 64, most of
+all blocks of keys (`gpu_paged_plan`). The queries of a row that share a KV head are the rows of one tile of 64, most of
 them unused: the tensor cores have time. Parts of an item that several workers share go to global memory, and the last
 of them to be done merges them in a fixed order.
 """
@@ -53,9 +53,9 @@ def decode(
     float32 [H], may be None.
     """
     workers = num_sms * config.warpgroups
-    queries, *pages = (x.reshape(-1, *x.shape[2:]) for x in (q, *pages))
-    units = workers * (1 + config.small)
-    part_rows = 2 * units * tiles.cdiv(problem.packed, merged_rows(problem)) * merged_rows(problem)
+    queries = q.reshape(-1, q.shape[-1])
+    pages = [x.reshape(-1, problem.kv_heads, x.shape[-1] * problem.abreast) for x in pages]
+    part_rows = 2 * workers * tiles.cdiv(problem.packed, merged_rows(problem)) * merged_rows(problem)
     out_type = (
         jax.ShapeDtypeStruct(queries.shape, q.dtype),
         jax.ShapeDtypeStruct((problem.heads * problem.tokens,), jnp.float32),
@@ -69,7 +69,7 @@ def decode(
     call = hopper.kernel(body, num_sms, config.warpgroups, scratch, out_type)
 
     def run(*inputs):
-        return call(*inputs, jax.new_ref(jnp.zeros(4 * units + 1, jnp.int32)))
+        return call(*inputs, jax.new_ref(jnp.zeros(4 * workers, jnp.int32)))
 
     out, lse, *_ = hopper.apart(run)(queries, *pages, page_table, kv_lens, cu_q_lens, *given.values())
     return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
@@ -93,7 +93,7 @@ def merged_rows(problem: Problem) -> int:
 def merged(problem: Problem) -> Any:
     """The layout of those rows."""
     rows = merged_rows(problem)
-    width = 128 if rows == 4 and problem.columns >= 128 else 64
+    width = 128 if rows == 4 and problem.columns >= 128 * problem.abreast else 64
     vector = rows * width // 128
     return plgpu.Layout.TILED(plgpu.Tiling(((rows, width), (rows, width // 4), (vector,))), (-4,), (-3, -2), -1)
 
@@ -133,8 +133,7 @@ def _kernel(kind: Kind, problem: Problem, config: Config, num_sms: int, arrays: 
         def _(warp):
             for i, producer in enumerate(kind.producers):
                 for which in range(config.warpgroups):
-                    dealt = None if i else counters.at[4 * plan.units]
-                    its = producer(plan, which, worker + which, smem, pages, page_table, dealt)
+                    its = producer(plan, which, worker + which, smem, pages, page_table, i == 0)
                     pl.when(warp == i * config.warpgroups + which)(its.run)
 
 
@@ -148,7 +147,7 @@ class Producer:
     smem: dict
     pages: Sequence[Any]  # [N*P,K,...]
     page_table: Any
-    dealt: Any  # how many units have been dealt out besides those that workers begin with; None where another one asks
+    leads: bool  # whether it finds out what to read, and tells the others
 
     slots_a_block: ClassVar[int] = 2
 
@@ -164,11 +163,10 @@ class Producer:
 
     def item(self, turn, before: Item) -> Item:
         """The worker's item of that number; of no blocks where there is none."""
-        if self.dealt is None:
+        if not self.leads:
             return Item(*gpu_queue.read(self.smem, turn, self.wg))
-        late = lambda: self.plan.workers + hopper.fetch_add(self.dealt)
-        start = lambda: self.plan.start(lax.cond(turn == 1, lambda: self.worker, late))
-        item = lax.cond(before.ends_piece, start, lambda: self.plan.next(before))
+        following = lambda: self.plan.next(before)
+        item = lax.cond(turn == 1, lambda: self.plan.start(self.worker), following)
         gpu_queue.leave(self.smem, turn, *jax.tree.leaves(item), ring=self.wg)
         return item
 
@@ -246,9 +244,9 @@ class Consumer:
     sinks: Any  # [H]
     out: Any  # [T*H,D]
     lse: Any  # [H*T]
-    part: Any  # [2*units*rows,D]: of each unit the item that it goes on with, then the one that others go on with
+    part: Any  # [2*workers*rows,D]: of each worker the item that it goes on with, then the one that others go on with
     part_lse: Any
-    counters: Any  # [4*units+1]: of the item that each unit begins and others go on with, how many have left a part
+    counters: Any  # [4*workers]: of the item that each worker begins and others go on with, how many have left a part
 
     slots_a_block: ClassVar[int] = 2
     weight: ClassVar[float] = 1.0  # of the weights that the sums are of
@@ -315,7 +313,12 @@ class Consumer:
         hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 128)
 
     def load_queries(self, item: Item) -> None:
-        q = hopper_lanes.load_rows(self.q, self.query_rows(item, iota(ROWS, ROW)), WGMMA, self.problem.columns)
+        packed, abreast = iota(ROWS, ROW), self.problem.abreast
+        q = hopper_lanes.load_rows(self.q, self.query_rows(item, packed), WGMMA, self.problem.columns // abreast)
+        if abreast > 1:
+            # Each row has 0 for the other heads' columns, so its scores are those with the keys of its own.
+            own = (lax.broadcast_in_dim(self.place_abreast(packed) == i, q.shape, [0]) for i in range(abreast))
+            q = jnp.concatenate([jnp.where(mine, q, jnp.zeros_like(q)) for mine in own], axis=1)
         self.meet()  # The products of the item before are done in all warps.
         self.smem["q"][1][self.wg] = q.astype(self.smem["q"][1].dtype)
         hopper.fence()
@@ -333,6 +336,12 @@ class Consumer:
         first = item.q_start * problem.heads + item.head * problem.group
         at = packed + first + self.token(packed) * (problem.heads - problem.group)
         return jnp.where(packed < item.q_len * problem.group, at, -1)
+
+    def place_abreast(self, packed) -> Array:
+        """Which of the KV heads that are read as one the packed rows look at."""
+        problem = self.problem
+        of_token = packed - self.token(packed) * problem.group
+        return lax.div(of_token, jnp.full_like(packed, problem.group // problem.abreast))
 
     def lse_rows(self, item: Item, packed) -> Array:
         """Where the packed rows stand in [H*T]; -1 for the unused."""
@@ -386,7 +395,11 @@ class Consumer:
             whole = seen + jnp.exp2(sink - higher)
             o = o * hopper_lanes.along(seen / whole, o.shape, layout)
             lse = jnp.where(lse == -jnp.inf, lse, higher + jnp.log2(whole))
-        hopper_lanes.store_rows(self.out, self.query_rows(item, packed), o.astype(self.out.dtype), layout)
+        rows, abreast, o = self.query_rows(item, packed), self.problem.abreast, o.astype(self.out.dtype)
+        width = o.shape[1] // abreast
+        for i in range(abreast):
+            mine = rows if abreast == 1 else jnp.where(self.place_abreast(packed) == i, rows, -1)
+            hopper_lanes.store_rows(self.out, mine, o[:, i * width : (i + 1) * width], layout)
         hopper_lanes.store_rows(self.lse, self.lse_rows(item, packed), lse / LOG2E, layout)
 
     @property
@@ -396,19 +409,19 @@ class Consumer:
     def leave_part(self, item: Item, o, lse) -> None:
         first, last = self.plan.parts(item)
         packed = iota(ROWS, ROW)
-        at = self.place(item, item.piece, first)
+        at = self.place(item, lax.div(self.worker, jnp.int32(self.plan.team)), first)
         rows = jnp.where(packed < item.q_len * self.problem.group, packed + at, -1)
         hopper_lanes.store_rows(self.part, rows, o, WGMMA)
         hopper_lanes.store_rows(self.part_lse, rows, lse, WGMMA)
         self.meet()
         # Each warp finds out by itself whether its quarter of the columns is to be merged here.
-        at = 4 * self.plan.unit(first, item) + hopper_lanes.warp()
+        at = 4 * self.plan.worker(first, item) + hopper_lanes.warp()
         arrived = hopper_lanes.count_arrival(self.counters.at[at])
         pl.when(arrived == last - first)(partial(self.merge, item, first, last))
 
-    def place(self, item: Item, piece, first) -> Array:
-        """Where the part of a piece begins, of an item that begins in the piece `first`."""
-        return (2 * self.plan.unit(piece, item) + jnp.where(piece == first, 1, 0)) * self.part_rows
+    def place(self, item: Item, team, first) -> Array:
+        """Where the part of a team begins, of an item that team `first` begins."""
+        return (2 * self.plan.worker(team, item) + jnp.where(team == first, 1, 0)) * self.part_rows
 
     def merge(self, item: Item, first, last) -> None:
         rows = merged_rows(self.problem)
@@ -434,10 +447,10 @@ class Consumer:
         lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
         self.write(item, o, lse, iota(shape[0], of_rows) + row, layout)
 
-    def add_parts(self, item: Item, first, last, row, piece, count: int, state):
+    def add_parts(self, item: Item, first, last, row, team, count: int, state):
         o, m, l = state
         layout = merged(self.problem)
-        parts = [self.read_part(item, first, last, piece + n, row) for n in range(count)]
+        parts = [self.read_part(item, first, last, team + n, row) for n in range(count)]
         higher = m
         for _, lse in parts:
             higher = jnp.maximum(higher, lse)
@@ -448,19 +461,19 @@ class Consumer:
             o, l = o + part * hopper_lanes.along(weight, o.shape, layout), l + weight
         return o, higher, l
 
-    def read_part(self, item: Item, first, last, piece, row) -> tuple[Array, Array]:
-        """What was found in a piece for some rows; past the last one, something of no weight."""
+    def read_part(self, item: Item, first, last, team, row) -> tuple[Array, Array]:
+        """What a team found for some rows; past the last one, something of no weight."""
         layout = merged(self.problem)
-        at = pl.ds(self.place(item, jnp.minimum(piece, last), first) + row, merged_rows(self.problem))
+        at = pl.ds(self.place(item, jnp.minimum(team, last), first) + row, merged_rows(self.problem))
         part = plgpu.load(self.part.at[at], layout=layout, optimized=False)
         lse = plgpu.load(self.part_lse.at[at], layout=layout.reduce(1), optimized=False)
-        return part, lse + jnp.where(piece <= last, 0.0, -jnp.inf)
+        return part, lse + jnp.where(team <= last, 0.0, -jnp.inf)
 
     def clear_padding(self) -> None:
         """Tokens that belong to no row give 0, and an lse of -inf."""
         problem, packed = self.problem, iota(ROWS, ROW)
         first = self.plan.cu_q_lens[self.plan.rows]
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), self.out.dtype), WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, self.out.shape[1]), self.out.dtype), WGMMA)
         nothing = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
 
         def one_token(i, _):

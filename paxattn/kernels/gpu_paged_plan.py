@@ -2,15 +2,12 @@
 
 Workers form teams, one worker a KV head: a token's heads are neighbours in memory, and a team reads them at the same
 time, as a row of DRAM is dear to open. More heads than a team has members are several sets. All blocks of keys of all
-rows stand in one line: row after row, in a row set after set. The line is cut into pieces (stream-K, Osama et al.
-2023): first an equal share for each team, which are most of it, then small pieces. A member's part of a piece is a unit.
-The worker of that number begins with it; the units of small pieces are for whoever is ready first, as memory does not
-serve all multiprocessors equally. A worker so has parts of a few (row, head) items; those of which there are parts in
-other pieces, too, are merged by whoever is the last to be done with one. Where the line is cut does not depend on who
-reads a piece, so results have the same bits every time.
+rows stand in one line: row after row, in a row set after set. The line is cut into as many equal shares as there are
+teams (stream-K, Osama et al. 2023). A worker so has parts of a few (row, head) items; those that other teams have parts
+of, too, are merged by the last of them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -40,6 +37,7 @@ class Problem(Scaled):
     left: int | None
     scale: float
     softcap: float | None
+    abreast: int = 1  # KV heads that are read as one, which is so many times as wide as they are
 
     @property
     def group(self) -> int:
@@ -65,17 +63,20 @@ class Config:
     block: int  # keys
     slots: int  # tiles of keys or values that a worker has in flight
     warpgroups: int = 2  # workers in a block of the grid
-    late: int = 2  # sixteenths of all blocks that are in small pieces
-    small: int = 2  # small pieces a team, at most
+
+
+def abreast(problem: Problem) -> Problem:
+    """Pairs of heads of 64 columns as one of 128: 128 bytes a token are less than memory likes to be read by."""
+    if problem.head_dim != CHUNK or problem.kv_heads % 2 or 2 * problem.packed > ROWS:
+        return problem
+    return replace(problem, kv_heads=problem.kv_heads // 2, head_dim=2 * CHUNK, abreast=2)
 
 
 def config_for(problem: Problem) -> Config:
-    """As much in flight as shared memory holds; a worker's step is long enough to hide what a step costs itself."""
-    bytes_a_row = 2 * problem.columns
-    warpgroups = 2 if problem.columns <= 128 else 1
-    block = 128 if problem.columns < 128 else 64
-    room = SHARED_BYTES // warpgroups - ROWS * bytes_a_row
-    return Config(block, room // (block * bytes_a_row), warpgroups)
+    """What is in flight covers the latency of memory; of more, memory makes less."""
+    if problem.columns > 128 or problem.abreast > 1:
+        return Config(64, 4, 1)
+    return Config(128 if problem.columns < 128 else 64, 3)
 
 
 @jax.tree_util.register_dataclass
@@ -93,18 +94,13 @@ class Item:
     begin: Array  # the first key that any query sees
     before: Array  # blocks in the line before the item's first
     total: Array  # blocks of the item, whoever reads them
-    unread: Array  # blocks that are left of the piece, this item's included
-    piece: Array
-    share: Array  # blocks of a team's first piece, and of a small one
-    few: Array
+    unread: Array  # blocks that the team has left, this item's included
+    share: Array  # blocks of every team, and how many teams have one more
+    extra: Array
 
     @property
     def whole(self) -> Array:
         return self.blocks == self.total
-
-    @property
-    def ends_piece(self) -> Array:
-        return self.unread <= self.blocks
 
 
 FIELDS = len(fields(Item))
@@ -131,15 +127,10 @@ class Plan:
     def teams(self) -> int:
         return self.workers // self.team
 
-    @property
-    def units(self) -> int:
-        """How many there are at most."""
-        return self.workers * (1 + self.config.small)
-
-    def start(self, unit: Array) -> Item:
-        """The first item of a unit, of no blocks where there is none; all lanes of a warp find it together."""
+    def start(self, worker: Array) -> Item:
+        """The first item of a worker; all lanes of a warp find it together."""
         sets = self.problem.kv_heads // self.team
-        piece, member = divide(unit, self.team)
+        team, member = divide(worker, self.team)
         lines = min(ROWS_A_LANE, tiles.cdiv(self.rows, LANES))
         groups = tiles.cdiv(self.rows, LANES * lines)
         sums = self._sums(jnp.int32(0), lines)
@@ -147,16 +138,9 @@ class Plan:
         def sums_of(group):
             return sums if groups == 1 else self._sums(group, lines)
 
-        total = _each(groups, lambda group, total: total + sum(n for _, n in sums_of(group)), jnp.int32(0)) * sets
-        share = jnp.maximum(divide(lax.div(total, jnp.int32(16)) * (16 - self.config.late), self.teams)[0], 1)
-        late = jnp.maximum(total - share * self.teams, 0)
-        few = jnp.maximum(divide(late + (self.config.small * self.teams - 1), self.config.small * self.teams)[0], 1)
-
-        def begin_of(piece):
-            early = jnp.minimum(piece, self.teams)
-            return jnp.minimum(early * share + (piece - early) * few, total)
-
-        first = begin_of(piece)
+        total = _each(groups, lambda group, total: total + sum(n for _, n in sums_of(group)), jnp.int32(0))
+        share, extra = divide(total * sets, self.teams)
+        first = team * share + jnp.minimum(team, extra)
 
         def find(group, found):
             before, line, before_line = found
@@ -173,11 +157,11 @@ class Plan:
         row, before_row = (hopper_lanes.warp_sum(jnp.where(inside, x, 0)) for x in (line + hopper_lanes.lane(), at))
         *_, count = self._row(row)
         index, skipped = divide(jnp.maximum(first - before_row * sets, 0), jnp.maximum(count, 1))
-        unread = begin_of(piece + 1) - first
-        return self._item(row, index * self.team + member, skipped, first - skipped, unread, piece, share, few)
+        unread = share + jnp.where(team < extra, 1, 0)
+        return self._item(row, index * self.team + member, skipped, first - skipped, unread, share, extra)
 
     def next(self, item: Item) -> Item:
-        """What comes after `item` in its piece, which it does not end."""
+        """What the worker reads after `item`; of no blocks where it has read its share."""
         head = item.head + self.team
         same_row = head < self.problem.kv_heads
         row = lax.while_loop(
@@ -187,26 +171,26 @@ class Plan:
         )
         head = jnp.where(same_row, head, lax.rem(head, jnp.int32(self.team)))
         before, unread = item.before + item.total, item.unread - item.blocks
-        return self._item(row, head, jnp.int32(0), before, unread, item.piece, item.share, item.few)
+        return self._item(row, head, jnp.int32(0), before, unread, item.share, item.extra)
 
     def parts(self, item: Item) -> tuple[Array, Array]:
-        """The first and the last of the pieces that have a part of the item."""
-        return self._piece_of(item, item.before), self._piece_of(item, item.before + item.total - 1)
+        """The first and the last of the teams that have a part of the item."""
+        return self._team_of(item, item.before), self._team_of(item, item.before + item.total - 1)
 
-    def unit(self, piece: Array, item: Item) -> Array:
-        """That of a piece in which the item's head is read."""
-        return piece * self.team + lax.rem(item.head, jnp.int32(self.team))
+    def worker(self, team: Array, item: Item) -> Array:
+        """Who of a team reads the item's head."""
+        return team * self.team + lax.rem(item.head, jnp.int32(self.team))
 
-    def _piece_of(self, item: Item, place: Array) -> Array:
-        early = lax.div(place, item.share)
-        late = self.teams + lax.div(jnp.maximum(place - item.share * self.teams, 0), item.few)
-        return jnp.where(early < self.teams, early, late)
+    def _team_of(self, item: Item, unit: Array) -> Array:
+        longer = item.extra * (item.share + 1)
+        late = item.extra + lax.div(jnp.maximum(unit - longer, 0), jnp.maximum(item.share, 1))
+        return jnp.where(unit < longer, lax.div(unit, item.share + 1), late)
 
-    def _item(self, row, head, skipped, before, unread, piece, share, few) -> Item:
+    def _item(self, row, head, skipped, before, unread, share, extra) -> Item:
         q_start, q_len, kv_len, begin, first, total = self._row(row)
         blocks = jnp.minimum(total - skipped, unread)
         place = row, head, first + skipped, blocks, q_start, q_len, kv_len, begin
-        return Item(*place, before, total, unread, piece, share, few)
+        return Item(*place, before, total, unread, share, extra)
 
     def _sums(self, group, lines: int) -> list[tuple[Array, Array]]:
         """Of so many times 32 rows each the first, and how many blocks they have together."""
