@@ -56,6 +56,7 @@ def _scratch(problem: Problem, config: Config, dtype: Any) -> dict:
         v_codes=plgpu.SMEM((*ring, dim), dtype),
         k_scales=plgpu.SMEM((*ring, of_keys), HALF),
         v_scales=plgpu.SMEM((*ring, of_values), HALF),
+        landed=plgpu.SMEM((wgs, slots, 2), jnp.int32),
         full=plgpu.Barrier(num_arrivals=2 * pages_in(problem, config) + 1, num_barriers=wgs * slots),
         free=plgpu.Barrier(num_barriers=wgs * slots),
     )
@@ -75,17 +76,18 @@ class Codes(Producer):
 
 
 class Scales(Producer):
-    """A warp that streams a worker's scales. Those of a block are told to have come once the next are asked for."""
+    """A warp that streams a worker's scales. The copies themselves tell when they have landed: a warp that waited for
+    them could have fewer blocks on their way than there are slots."""
 
     slots_a_block: ClassVar[int] = 1
 
-    def fill(self) -> Array:
-        count = super().fill()
-        pl.when(count > 0)(lambda: self.tell(count - 1, 0))
-        return count
+    def run(self) -> None:
+        hopper_lanes.prepare_landings(self.smem["landed"].at[self.wg])
+        super().run()
+        hopper_lanes.finish_copies()
 
     def load(self, item: Item, j, count, entries, lane) -> None:
-        slot, _ = self.free_slot(count)
+        slot, full = self.free_slot(count)
         problem, config = self.plan.problem, self.plan.config
         rows = config.block // pages_in(problem, config)
         inside = lax.rem((item.block + j) * config.block, jnp.int32(problem.page_size))
@@ -95,13 +97,8 @@ class Scales(Producer):
             at = page * problem.page_size + inside + lax.rem(row, jnp.int32(rows))
             for source, target in zip(self.pages[2:], ("k_scales", "v_scales"), strict=True):
                 hopper_lanes.copy_halves(source.at[at, item.head], self.smem[target].at[self.wg, slot, row])
-        hopper_lanes.commit()
-        pl.when(count > 0)(lambda: self.tell(count - 1, 1))
-
-    def tell(self, count, on_their_way: int) -> None:
-        hopper_lanes.wait_for_copies(on_their_way)
-        slots = self.plan.config.slots
-        plgpu.barrier_arrive(self.smem["full"].at[self.wg * slots + lax.rem(count, jnp.int32(slots))])
+        hopper_lanes.land_at(self.smem["landed"].at[self.wg, slot])
+        plgpu.barrier_arrive(full)  # The consumer may look at the landing, which was not there at first.
 
 
 class CodeConsumer(Consumer):
@@ -129,6 +126,8 @@ class CodeConsumer(Consumer):
         start = (item.block + j) * self.config.block
         seen = item.begin - start, item.kv_len - start
         self.wait_for(slot)
+        turn = lax.div(count + j, jnp.int32(self.config.slots))
+        hopper_lanes.wait_until_landed(self.smem["landed"].at[self.wg, slot], lax.rem(turn, jnp.int32(2)))
         groups = self.problem.head_dim // hopper_codes.UNIT
         hopper_codes.expand_keys(codes["k_codes"], codes["k_scales"], self.odd(item, groups), k)
         hopper.fence()
