@@ -5,6 +5,7 @@ TMA takes no less than sixteen bytes of a row. The consumer makes float16 tiles 
 Values get theirs from the weights, one factor for all columns. The products are of float16 whatever q is.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -30,8 +31,13 @@ def serves(pages: Any) -> bool:
 
 def scales_a_row(problem: Problem) -> tuple[int, int]:
     """Numbers of keys' and of values' scales in shared memory, which has room for one more where they are odd."""
-    groups = problem.head_dim // hopper_codes.UNIT
+    groups = scales_of_keys(problem)
     return groups + groups % 2, 2
+
+
+def scales_of_keys(problem: Problem) -> int:
+    """Of a key and a head."""
+    return problem.head_dim // hopper_codes.UNIT
 
 
 def config_for(problem: Problem) -> Config:
@@ -117,32 +123,52 @@ class CodeConsumer(Consumer):
             tile[...] = plgpu.layout_cast(jnp.zeros(tile.shape, HALF), hopper.WGMMA)
         self.meet()
 
-    def step(self, item: Item, count, j, state):
+    def steps(self, item: Item, count, state):
         o, m, l = state
-        q, k, v = (self.smem[name][1].at[self.wg] for name in "qkv")
-        slot = lax.rem(count + j, jnp.int32(self.config.slots))
-        codes = {name: self.smem[name].at[self.wg, slot] for name in ("k_codes", "v_codes", "k_scales", "v_scales")}
-        weights = self.smem["v_weights"].at[self.wg]
-        start = (item.block + j) * self.config.block
-        seen = item.begin - start, item.kv_len - start
+        self.take_keys(item, count, 0)
+        state = lax.fori_loop(1, item.blocks, partial(self.step, item, count), self.weigh(item, count, 0, o, m, l))
+        o, m, l, p = state
+        return hopper.wait(0, hopper_pages.accumulate(o, p, self.tile_of("v"))), m, l
+
+    def step(self, item: Item, count, j, state):
+        """Weights of block j. Those of the block before meet their values while the keys of this one are expanded."""
+        o, m, l, p = state
+        o, p = hopper.settle(o, p)
+        o = hopper_pages.accumulate(o, p, self.tile_of("v"))
+        self.take_keys(item, count, j)
+        o, _ = hopper.wait(0, o, p)
+        return self.weigh(item, count, j, o, m, l)
+
+    def take_keys(self, item: Item, count, j) -> None:
+        slot = self.slot(count, j)
         self.wait_for(slot)
         turn = lax.div(count + j, jnp.int32(self.config.slots))
         hopper_lanes.wait_until_landed(self.smem["landed"].at[self.wg, slot], lax.rem(turn, jnp.int32(2)))
-        groups = self.problem.head_dim // hopper_codes.UNIT
-        hopper_codes.expand_keys(codes["k_codes"], codes["k_scales"], self.odd(item, groups), k)
+        codes, scales = (self.smem[name].at[self.wg, slot] for name in ("k_codes", "k_scales"))
+        hopper_codes.expand_keys(codes, scales, self.odd(item, scales_of_keys(self.problem)), self.tile_of("k"))
+
+    def weigh(self, item: Item, count, j, o, m, l):
+        slot, weights = self.slot(count, j), self.smem["v_weights"].at[self.wg]
+        start = (item.block + j) * self.config.block
+        seen = item.begin - start, item.kv_len - start
         hopper.fence()
-        self.meet()
-        s = hopper_pages.scores(q, k)
-        hopper_codes.expand_values(codes["v_codes"], *seen, v)
-        hopper_codes.expand_scales(codes["v_scales"], self.odd(item, 1), *seen, LIFT, weights)
+        self.meet()  # All keys are there, and the values of the block before have been used.
+        s = hopper_pages.scores(self.tile_of("q"), self.tile_of("k"))
+        codes, scales = (self.smem[name].at[self.wg, slot] for name in ("v_codes", "v_scales"))
+        hopper_codes.expand_values(codes, *seen, self.tile_of("v"))
+        hopper_codes.expand_scales(scales, self.odd(item, 1), *seen, LIFT, weights)
         hopper.fence()
         self.release(slot)
         p, m, l, alpha = self.softmax(hopper.wait(0, s), m, l, item, item.block + j)
         self.meet()
         p = p * lax.broadcast_in_dim(plgpu.load(weights, layout=COL, optimized=False), p.shape, [1])
-        o = o * lax.broadcast_in_dim(alpha, o.shape, [0])
-        o = hopper.wait(0, hopper_pages.accumulate(o, p.astype(HALF), v))
-        return o, m, l
+        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(HALF)
+
+    def slot(self, count, j) -> Array:
+        return lax.rem(count + j, jnp.int32(self.config.slots))
+
+    def tile_of(self, name: str) -> Any:
+        return self.smem[name][1].at[self.wg]
 
     def odd(self, item: Item, scales: int) -> Array:
         """As `hopper_codes` takes it, of so many scales a row."""
