@@ -164,6 +164,14 @@ class CodeConsumer(Consumer):
         p = p * lax.broadcast_in_dim(plgpu.load(weights, layout=COL, optimized=False), p.shape, [1])
         return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(HALF)
 
+    def mask(self, s, item: Item, block):
+        """Nothing where all queries see all keys of the block."""
+        start = block * self.config.block
+        open_to_all = start + self.config.block <= item.kv_len - item.q_len + 1
+        if self.problem.left is not None:
+            open_to_all &= start >= item.kv_len - 1 - self.problem.left
+        return lax.cond(open_to_all, lambda: s, lambda: super(CodeConsumer, self).mask(s, item, block))
+
     def slot(self, count, j) -> Array:
         return lax.rem(count + j, jnp.int32(self.config.slots))
 
