@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paxattn.kernels import hopper, hopper_codes, hopper_lanes, hopper_pages
-from paxattn.kernels.gpu_blocks import ROWS
+from paxattn.kernels.gpu_blocks import ROWS, iota
 from paxattn.kernels.gpu_paged_decode import Consumer, Kind, Producer, pages_in
 from paxattn.kernels.gpu_paged_plan import SHARED_BYTES, Config, Item, Problem
-from paxattn.kernels.hopper import COL
+from paxattn.kernels.hopper import COL, ROW, WGMMA
 from paxattn.kernels.hopper_lanes import LANES
 
 HALF = jnp.float16
@@ -40,11 +40,17 @@ def scales_of_keys(problem: Problem) -> int:
     return problem.head_dim // hopper_codes.UNIT
 
 
+def q_in_registers(problem: Problem) -> bool:
+    """Whether there are enough: room for another slot, and less for shared memory to serve."""
+    return problem.columns <= 128
+
+
 def config_for(problem: Problem) -> Config:
     columns = problem.columns
     warpgroups = 2 if columns <= 128 else 1
     block = 128 if columns < 128 else 64
-    room = SHARED_BYTES // warpgroups - 2 * columns * (ROWS + 2 * block) - 4 * block
+    tiles = 2 * block + (0 if q_in_registers(problem) else ROWS)
+    room = SHARED_BYTES // warpgroups - 2 * columns * tiles - 4 * block
     slot = block * (2 * problem.head_dim + 2 * sum(scales_a_row(problem)))
     return Config(block, room // slot, warpgroups)
 
@@ -53,8 +59,8 @@ def _scratch(problem: Problem, config: Config, dtype: Any) -> dict:
     wgs, slots, block, dim = config.warpgroups, config.slots, config.block, problem.head_dim
     ring = wgs, slots, block
     of_keys, of_values = scales_a_row(problem)
-    return dict(
-        q=hopper_pages.tile(wgs, ROWS, dim, dtype=HALF),
+    queries = {} if q_in_registers(problem) else dict(q=hopper_pages.tile(wgs, ROWS, dim, dtype=HALF))
+    return queries | dict(
         k=hopper_pages.tile(wgs, block, dim, dtype=HALF),
         v=hopper_pages.tile(wgs, block, dim, dtype=HALF),
         v_weights=plgpu.SMEM((wgs, block), jnp.float32),
@@ -123,21 +129,33 @@ class CodeConsumer(Consumer):
             tile[...] = plgpu.layout_cast(jnp.zeros(tile.shape, HALF), hopper.WGMMA)
         self.meet()
 
+    def load_queries(self, item: Item) -> None:
+        if not q_in_registers(self.problem):
+            super().load_queries(item)
+
+    def queries(self, item: Item) -> list[Array]:
+        """Those in registers."""
+        if not q_in_registers(self.problem):
+            return []
+        rows = self.query_rows(item, iota(ROWS, ROW))
+        return [hopper_lanes.load_rows(self.q, rows, WGMMA, self.problem.columns).astype(HALF)]
+
     def steps(self, item: Item, count, state):
         o, m, l = state
+        q = self.queries(item)
         self.take_keys(item, count, 0)
-        state = lax.fori_loop(1, item.blocks, partial(self.step, item, count), self.weigh(item, count, 0, o, m, l))
-        o, m, l, p = state
+        state = self.weigh(item, count, 0, o, m, l, *q)
+        o, m, l, p, *_ = lax.fori_loop(1, item.blocks, partial(self.step, item, count), state)
         return hopper.wait(0, hopper_pages.accumulate(o, p, self.tile_of("v"))), m, l
 
     def step(self, item: Item, count, j, state):
         """Weights of block j. Those of the block before meet their values while the keys of this one are expanded."""
-        o, m, l, p = state
-        o, p = hopper.settle(o, p)
+        o, m, l, p, *q = state
+        o, p, *q = hopper.settle(o, p, *q)
         o = hopper_pages.accumulate(o, p, self.tile_of("v"))
         self.take_keys(item, count, j)
         o, _ = hopper.wait(0, o, p)
-        return self.weigh(item, count, j, o, m, l)
+        return self.weigh(item, count, j, o, m, l, *q)
 
     def take_keys(self, item: Item, count, j) -> None:
         slot = self.slot(count, j)
@@ -147,13 +165,13 @@ class CodeConsumer(Consumer):
         codes, scales = (self.smem[name].at[self.wg, slot] for name in ("k_codes", "k_scales"))
         hopper_codes.expand_keys(codes, scales, self.odd(item, scales_of_keys(self.problem)), self.tile_of("k"))
 
-    def weigh(self, item: Item, count, j, o, m, l):
+    def weigh(self, item: Item, count, j, o, m, l, *q):
         slot, weights = self.slot(count, j), self.smem["v_weights"].at[self.wg]
         start = (item.block + j) * self.config.block
         seen = item.begin - start, item.kv_len - start
         hopper.fence()
         self.meet()  # All keys are there, and the values of the block before have been used.
-        s = hopper_pages.scores(self.tile_of("q"), self.tile_of("k"))
+        s = hopper_pages.scores(q[0] if q else self.tile_of("q"), self.tile_of("k"))
         codes, scales = (self.smem[name].at[self.wg, slot] for name in ("v_codes", "v_scales"))
         hopper_codes.expand_values(codes, *seen, self.tile_of("v"))
         hopper_codes.expand_scales(scales, self.odd(item, 1), *seen, LIFT, weights)
@@ -162,7 +180,7 @@ class CodeConsumer(Consumer):
         p, m, l, alpha = self.softmax(hopper.wait(0, s), m, l, item, item.block + j)
         self.meet()
         p = p * lax.broadcast_in_dim(plgpu.load(weights, layout=COL, optimized=False), p.shape, [1])
-        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(HALF)
+        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(HALF), *q
 
     def mask(self, s, item: Item, block):
         """Nothing where all queries see all keys of the block."""
