@@ -273,7 +273,7 @@ class Consumer:
         o = plgpu.layout_cast(jnp.zeros((ROWS, self.problem.columns), jnp.float32), WGMMA)
         m = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), ROW)
         l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-        o, m, l = lax.fori_loop(0, item.blocks, partial(self.step, item, count), (o, m, l))
+        o, m, l = self.steps(item, count, (o, m, l))
         seen = l != 0  # NaN, too, is something
         o = o * lax.broadcast_in_dim(jnp.where(seen, 1 / (l * self.weight), 0.0), o.shape, [0])
         lse = jnp.where(seen, m + jnp.log2(l), -jnp.inf)
@@ -283,6 +283,9 @@ class Consumer:
             lambda: self.leave_part(item, o, lse),
         )
         return turn + 1, self.item(turn + 1), count + self.slots_a_block * item.blocks
+
+    def steps(self, item: Item, count, state):
+        return lax.fori_loop(0, item.blocks, partial(self.step, item, count), state)
 
     def step(self, item: Item, count, j, state):
         o, m, l = state

@@ -87,6 +87,8 @@ def _expand(dtype: Any, codes: ir.Value, tile: ir.Value, scale_of: Any = None, k
         arith.minui(arith.addi(_thread(), _c(start)), _c(units - 1))
         for start in range(0, units, THREADS)
     ]
+    if width % (2 * CHUNK) == 0:
+        taken = [_apart(at, width // UNIT) for at in taken]
     for i in range(0, len(taken), AT_ONCE):
         places = []
         for at in taken[i : i + AT_ONCE]:
@@ -95,6 +97,16 @@ def _expand(dtype: Any, codes: ir.Value, tile: ir.Value, scale_of: Any = None, k
             extra = scale_of(row, unit) if scale_of else arith.extui(_i32(), keep(row))
             places.append([*place, extra])
         _asm(_text(dtype, len(places), scale_of is not None), [x for place in places for x in place])
+
+
+def _apart(unit: ir.Value, units_a_row: int) -> ir.Value:
+    """Which unit a thread takes instead, in rows of an even number of boxes.
+
+    Shared memory serves eight threads at a time. Units that stand alike in two boxes of a row go to the same banks, in
+    rows next to each other to different ones. So those of odd boxes change places with those of the row next to theirs.
+    """
+    odd = arith.andi(arith.divui(unit, _c(CHUNK // UNIT)), _c(1))
+    return arith.xori(unit, arith.muli(odd, _c(units_a_row)))
 
 
 def _text(dtype: Any, count: int, scaled: bool) -> str:

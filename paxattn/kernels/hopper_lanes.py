@@ -68,9 +68,9 @@ def prefetch(place: Any) -> None:
 
 
 def copy_halves(source: Any, target: Any) -> None:
-    """Have a row [n] of 16-bit numbers copied from global to shared memory, of each lane its own; `commit` and
-    `wait_for_copies` tell when it has come. Where n is odd, a row that begins in the middle of four bytes comes one to
-    the right, so that the target has room for n + 1."""
+    """Have a row [n] of 16-bit numbers copied from global to shared memory, of each lane its own; `land_at` says who is
+    told when it has come. Where n is odd, a row that begins in the middle of four bytes comes one to the right, so that
+    the target has room for n + 1."""
     size = 2 * (source.shape[-1] + source.shape[-1] % 2)
     step = next(step for step in (16, 8, 4) if size % step == 0)
     copies = (f"cp.async.ca.shared.global [$0 + {at}], [from + {at}], {step};" for at in range(0, size, step))
@@ -84,22 +84,43 @@ def copy_halves(source: Any, target: Any) -> None:
     issue(source, target)
 
 
-def commit() -> None:
-    """What this lane has begun to copy since the last time is a group."""
-    _run("cp.async.commit_group;")
+def prepare_landings(landings: Any) -> None:
+    """Make a barrier of each two int32 [n, 2] in shared memory, by a warp, for `land_at`.
+
+    Pallas does not tell where its own barriers are.
+    """
+    inits = " ".join(f"@p mbarrier.init.shared.b64 [$0 + {8 * i}], {LANES};" for i in range(landings.shape[0]))
+    first = "{ .reg .b32 lane; .reg .pred p; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; "
+    _run(first + inits + " bar.warp.sync 0xffffffff; }", landings)
 
 
-def wait_for_copies(groups: int) -> None:
-    """Wait until at most so many groups of this lane are on their way."""
-    _run(f"cp.async.wait_group {groups};")
+def land_at(landing: Any) -> None:
+    """What all lanes have begun to copy lands here: a phase ends when all of it has come."""
+    _run("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", landing)
 
 
-def _run(text: str) -> None:
-    @plgpu.inline_mgpu()
-    def issue(_):
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", has_side_effects=True)
+def wait_until_landed(landing: Any, phase: Array) -> None:
+    """Wait for the end of a phase, of which every other one is 0 and every other one 1."""
+    text = "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @!p bra again; }"
+    _run(text, landing, phase)
 
-    issue()
+
+def finish_copies() -> None:
+    """Wait for all that this lane copies, without which it must not end."""
+    _run("cp.async.wait_all;")
+
+
+def _run(text: str, *operands: Any) -> None:
+    """Run PTX with a place in shared memory and int32 scalars."""
+    types = tuple(SCALAR if isinstance(x, Array) else plgpu.RefType() for x in operands)
+
+    @plgpu.inline_mgpu(arg_types=types)
+    def issue(_, *operands):
+        values = [x.registers[()] if hasattr(x, "registers") else mgpu.utils.memref_ptr(x) for x in operands]
+        registers = ",".join([*("r" for _ in values), "~{memory}"])
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), values, text, registers, has_side_effects=True)
+
+    issue(*operands)
 
 
 def count_arrival(counter: Any) -> Array:

@@ -51,10 +51,10 @@ def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows
 
 
 def scores(a: Any, b: Any) -> Array:
-    """a @ b.T of the tiles a [64, D] and b [N, D]: float32 [64, N], in flight until `hopper.wait`."""
+    """a @ b.T of a [64, D], a tile or in registers, and a tile b [N, D]: float32 [64, N], in flight until `wait`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(TILE, TILE),
+        arg_types=(WGMMA if isinstance(a, Array) else TILE, TILE),
         return_type=plgpu.ShapeDtypeStruct((a.shape[-2], b.shape[-2]), jnp.float32, WGMMA),
     )
     def issue(_, x, y):
