@@ -11,11 +11,14 @@ from paxattn import KVPages, flash_attention, init_pages, paged_attention, write
 IMPLEMENTATIONS = ["xla"]
 
 
-def run(case, inputs, implementation):
-    op = jax.jit(
+def program(case, implementation):
+    return jax.jit(
         lambda inputs: paged_attention(**inputs, **case.options, return_lse=True, implementation=implementation)
     )
-    return op(inputs)
+
+
+def run(case, inputs, implementation):
+    return program(case, implementation)(inputs)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,5 +1,6 @@
 """paged_attention and write_pages on Hopper GPUs: what joins the kernels to JAX, and what they decline."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from paxattn.kernels import (
     gpu_paged_write,
     hopper,
     online_softmax,
+    tiles,
 )
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
@@ -23,6 +25,8 @@ from paxattn.kernels.problem import Problem
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+MOST_PARTS = 8  # of a shared prefix
+PART_STEP = 128  # keys: a block of the kernel that reads them
 
 
 def paged_attention(
@@ -60,12 +64,13 @@ def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
 
 def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
     """Every row by itself: those of few queries in one kernel, those of many in another."""
+    read_as, blocks = (problem if compressed else gpu_paged_plan.abreast(problem)), multiprocessors()
     if compressed:
-        kind, read_as, config = gpu_paged_codes.CODES, problem, gpu_paged_codes.config_for(problem)
+        kind, config = gpu_paged_codes.CODES, gpu_paged_codes.config_for(problem)
     else:
-        read_as = gpu_paged_plan.abreast(problem)
         kind, config = gpu_paged_decode.PLAIN, gpu_paged_plan.config_for(read_as)
-    results = gpu_paged_decode.decode(kind, read_as, config, multiprocessors(), *arrays)
+        blocks = gpu_paged_plan.blocks(blocks)
+    results = gpu_paged_decode.decode(kind, read_as, config, blocks, *arrays)
     if not some_are_long:
         return results
     few, page_table = ROWS // problem.group, arrays[2]
@@ -73,13 +78,31 @@ def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool
 
 
 def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q_lens, prefix_len):
-    """All queries over the keys that all rows begin with, as one row that sees all (cascade, Ye et al. 2024)."""
-    row = jnp.argmax(jnp.diff(cu_q_lens) > 0)
-    table = jnp.take(page_table, row[None], axis=0, mode="clip")
-    ends = jnp.stack([jnp.zeros_like(cu_q_lens[-1]), cu_q_lens[-1]])
-    nothing = jnp.zeros_like(q), jnp.full((problem.heads, problem.tokens), -jnp.inf, jnp.float32)
+    """All queries over the keys that all rows begin with (cascade, Ye et al. 2024).
+
+    They see all of it, as rows of their own, one for each of a few parts of the prefix, so that there is work for all
+    multiprocessors -> [parts,T,H,D] and [parts,H,T]. Behind each such row stands one of the padding, without keys.
+    """
     dense = _dense(problem, page_table, causal=False)
-    return _prefill(dense, problem.page_size, 0, (q, pages, table, prefix_len, ends, None, None), nothing)
+    tokens, size, block_q = problem.tokens, problem.page_size, gpu_flash_fwd_plan.config_for(dense).block_q
+    parts = max(1, min(MOST_PARTS, multiprocessors() // (problem.heads * tiles.cdiv(tokens, block_q))))
+    step = max(PART_STEP, size)
+    part = tiles.cdiv(prefix_len[0], parts * step) * step
+    most = tiles.cdiv(page_table.shape[1] * size, parts * step) * step // size
+    row = jnp.argmax(jnp.diff(cu_q_lens) > 0)
+    index = jnp.arange(parts, dtype=jnp.int32)
+    columns = (index * lax.div(part, jnp.int32(size)))[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
+    table = page_table.at[row, jnp.repeat(columns, 2, axis=0)].get(mode="clip")
+    lens = jnp.clip(prefix_len[0] - index * part, 0, part)
+    lens = jnp.stack([lens, jnp.zeros_like(lens)], axis=1).reshape(-1)
+    starts = index * tokens
+    ends = jnp.stack([starts, starts + cu_q_lens[-1]], axis=1).reshape(-1)
+    ends = jnp.append(ends, jnp.int32(parts * tokens))
+    every = replace(dense, q_len=parts * tokens)
+    all_q = jnp.tile(q, (parts, 1, 1))
+    nothing = lax.empty(all_q.shape, q.dtype), lax.empty((problem.heads, parts * tokens), jnp.float32)
+    out, lse = _prefill(every, size, 0, (all_q, pages, table, lens, ends, None, None), nothing)
+    return out.reshape(parts, *q.shape), lse.reshape(problem.heads, parts, tokens).swapaxes(0, 1)
 
 
 def _dense(problem: gpu_paged_plan.Problem, page_table: Array, causal: bool) -> Problem:
@@ -107,14 +130,13 @@ def _prefill(
     return out[0], lse[0]
 
 
-def _merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Attention over two sets of keys from that over each: out [T,H,D] and lse [H,T]."""
-    (out, lse), (more, more_lse) = one, other
-    whole = jnp.logaddexp(lse, more_lse)
-    shift = jnp.where(jnp.isneginf(whole), 0.0, whole)
-    weights = (jnp.exp(x - shift).T[..., None] for x in (lse, more_lse))
-    own, others = (w * x.astype(jnp.float32) for w, x in zip(weights, (out, more), strict=True))
-    return (own + others).astype(out.dtype), whole
+def _merge(one: tuple[Array, Array], others: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Attention over several sets of keys from that over each: out [T,H,D] and lse [H,T], others [parts,...]."""
+    lse = jnp.concatenate([one[1][None], others[1]])
+    whole = jax.nn.logsumexp(lse, axis=0)
+    weights = jnp.exp(lse - jnp.where(jnp.isneginf(whole), 0.0, whole)[None]).swapaxes(1, 2)[..., None]
+    out = weights[0] * one[0].astype(jnp.float32) + (weights[1:] * others[0].astype(jnp.float32)).sum(axis=0)
+    return out.astype(one[0].dtype), whole
 
 
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:

@@ -72,6 +72,13 @@ def abreast(problem: Problem) -> Problem:
     return replace(problem, kv_heads=problem.kv_heads // 2, head_dim=2 * CHUNK, abreast=2)
 
 
+def blocks(multiprocessors: int) -> int:
+    """Of the grid. Where few are left over they are a power of two: rows and lengths often are, too, and then are not cut;
+    fewer readers do not read less, as memory is what is slow."""
+    power = 1 << (multiprocessors.bit_length() - 1)
+    return power if 16 * power >= 15 * multiprocessors else multiprocessors
+
+
 def config_for(problem: Problem) -> Config:
     """What is in flight covers the latency of memory; of more, memory makes less."""
     if problem.columns > 128 or problem.abreast > 1:
