@@ -1,5 +1,6 @@
 """paged_attention and write_pages on Hopper GPUs: what joins the kernels to JAX, and what they decline."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,7 @@ def paged_attention(
     arrays = online_softmax.vary_like(arrays, *given)
     results = _rows(problem, compressed, longest > few, *arrays)
     if shared:
-        results = _merge(results, _prefix(problem, *arrays[:-1]))
+        results = _merge(results, _prefix(problem, *arrays[:-1]), arrays[4][-1])
     return online_softmax.vary_like(results, *given)
 
 
@@ -81,7 +82,7 @@ def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q
     """All queries over the keys that all rows begin with (cascade, Ye et al. 2024).
 
     They see all of it, as rows of their own, one for each of a few parts of the prefix, so that there is work for all
-    multiprocessors -> [parts,T,H,D] and [parts,H,T]. Behind each such row stands one of the padding, without keys.
+    multiprocessors -> [parts,T,H,D] and [parts,H,T], of the padding whatever it gives.
     """
     dense = _dense(problem, page_table, causal=False)
     tokens, size, block_q = problem.tokens, problem.page_size, gpu_flash_fwd_plan.config_for(dense).block_q
@@ -92,16 +93,13 @@ def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q
     row = jnp.argmax(jnp.diff(cu_q_lens) > 0)
     index = jnp.arange(parts, dtype=jnp.int32)
     columns = (index * lax.div(part, jnp.int32(size)))[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
-    table = page_table.at[row, jnp.repeat(columns, 2, axis=0)].get(mode="clip")
+    table = page_table.at[row, columns].get(mode="clip")
     lens = jnp.clip(prefix_len[0] - index * part, 0, part)
-    lens = jnp.stack([lens, jnp.zeros_like(lens)], axis=1).reshape(-1)
-    starts = index * tokens
-    ends = jnp.stack([starts, starts + cu_q_lens[-1]], axis=1).reshape(-1)
-    ends = jnp.append(ends, jnp.int32(parts * tokens))
+    ends = jnp.arange(parts + 1, dtype=jnp.int32) * tokens
     every = replace(dense, q_len=parts * tokens)
     all_q = jnp.tile(q, (parts, 1, 1))
-    nothing = lax.empty(all_q.shape, q.dtype), lax.empty((problem.heads, parts * tokens), jnp.float32)
-    out, lse = _prefill(every, size, 0, (all_q, pages, table, lens, ends, None, None), nothing)
+    unwritten = lax.empty(all_q.shape, q.dtype), lax.empty((problem.heads, parts * tokens), jnp.float32)
+    out, lse = _prefill(every, size, 0, (all_q, pages, table, lens, ends, None, None), unwritten)
     return out.reshape(parts, *q.shape), lse.reshape(problem.heads, parts, tokens).swapaxes(0, 1)
 
 
@@ -130,13 +128,20 @@ def _prefill(
     return out[0], lse[0]
 
 
-def _merge(one: tuple[Array, Array], others: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Attention over several sets of keys from that over each: out [T,H,D] and lse [H,T], others [parts,...]."""
-    lse = jnp.concatenate([one[1][None], others[1]])
-    whole = jax.nn.logsumexp(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(whole), 0.0, whole)[None]).swapaxes(1, 2)[..., None]
-    out = weights[0] * one[0].astype(jnp.float32) + (weights[1:] * others[0].astype(jnp.float32)).sum(axis=0)
-    return out.astype(one[0].dtype), whole
+def _merge(one: tuple[Array, Array], others: tuple[Array, Array], tokens: Array) -> tuple[Array, Array]:
+    """Attention over several sets of keys from that over each: out [T,H,D] and lse [H,T], others [parts,...].
+
+    Written out part by part, as XLA makes one kernel of what has no reductions.
+    """
+    there = jnp.arange(one[0].shape[0], dtype=jnp.int32) < tokens
+    outs, lses = ([x, *more] for x, more in zip(one, others, strict=True))
+    lses = [lses[0], *(jnp.where(there[None], x, -jnp.inf) for x in lses[1:])]
+    highest = functools.reduce(jnp.maximum, lses)
+    weights = [jnp.exp(x - jnp.where(jnp.isneginf(highest), 0.0, highest)) for x in lses]
+    total = sum(weights[1:], weights[0])
+    shares = ((w / jnp.where(total == 0, 1.0, total)).T[..., None] for w in weights)
+    terms = [jnp.where(s == 0, 0.0, s * x.astype(jnp.float32)) for s, x in zip(shares, outs, strict=True)]
+    return sum(terms[1:], terms[0]).astype(one[0].dtype), highest + jnp.log(total)
 
 
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:
