@@ -34,9 +34,7 @@ ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xl
 # Served by name alone, until all tests of these kernels have passed on the machine that they are for.
 BY_NAME = {
     ("flash_attention", "mosaic_tpu"),
-    ("paged_attention", "mosaic_gpu"),
     ("paged_attention", "mosaic_tpu"),
-    ("write_pages", "mosaic_gpu"),
 }
 
 

@@ -4,6 +4,7 @@ Most of the time is compilation: add `-n 16`, with XLA_PYTHON_CLIENT_PREALLOCATE
 for as many processes to share the GPU's memory, and XLA_FLAGS=--xla_gpu_autotune_level=0, as the oracle is not to be fast.
 """
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,8 @@ import pytest
 from cases import PagedCase, error, paged_inputs, plain_attention_and_lse
 from paged_cases import CASES, COMPRESSED, compressed, decompressed
 from test_paged_attention import dense, program, run
+
+from paxattn import init_pages, paged_attention, write_pages
 
 pytestmark = pytest.mark.gpu
 
@@ -106,3 +109,40 @@ def test_a_shared_prefix_changes_no_result_beyond_rounding(q_lens, prefix, rng):
     assert np.isneginf(lse[:, tokens:]).all()
     assert not np.asarray(got, np.float32)[tokens:].any()
     assert error(got, want) <= 1.5 * error(plainly, want) + 1e-6
+
+
+def test_a_loop_of_a_thousand_steps_neither_copies_pages_nor_asks_the_host(rng):
+    rows, page_size, kv_heads, heads, dim, steps = 5, 16, 2, 8, 128, 1000
+    lens = jnp.asarray([1, 16, 17, 300, 31])
+    most = -(-(300 + steps) // page_size)
+    table = jnp.asarray(rng.permutation(rows * most).reshape(rows, most), jnp.int32)
+    pages = init_pages(rows * most, page_size, kv_heads, dim)
+    q = jnp.asarray(rng.normal(size=(rows, heads, dim)), jnp.bfloat16)
+    before = jnp.asarray(rng.normal(size=(2, rows * most * page_size, kv_heads, dim)), jnp.bfloat16)
+
+    def decode(implementation, pages, q):
+        pages = write_pages(pages, *before, jnp.arange(before.shape[1]), implementation=implementation)
+
+        def one_step(i, carry):
+            pages, kv_lens, out = carry
+            new = jnp.sin(out[:, :kv_heads] + i.astype(out.dtype))
+            slots = table[jnp.arange(rows), kv_lens // page_size] * page_size + kv_lens % page_size
+            pages = write_pages(pages, new, -new, slots, implementation=implementation)
+            starts = jnp.arange(rows + 1)
+            options = dict(max_q_len=1, implementation=implementation)
+            return pages, kv_lens + 1, paged_attention(q, pages, table, kv_lens + 1, starts, **options)
+
+        return jax.lax.fori_loop(0, steps, one_step, (pages, lens, q))
+
+    program = jax.jit(decode, static_argnums=0, donate_argnums=1).lower(GPU, pages, q).compile()
+    text, shape = program.as_text(), re.escape(",".join(map(str, pages.k.shape)))
+    flat = re.escape(f"{rows * most * page_size},{kv_heads * dim}")
+    assert "known_trip_count" in text
+    assert not re.findall(rf"= bf16\[(?:{shape}|{flat})\]\S* copy", text)
+    assert not re.findall(r" (?:send|recv|infeed|outfeed|copy-start)\(", text)
+    assert program.memory_analysis().temp_size_in_bytes < pages.k.nbytes
+    want, _, want_out = decode("xla", init_pages(*pages.k.shape), q)
+    got, kv_lens, out = program(pages, q)
+    np.testing.assert_array_equal(kv_lens, lens + steps)
+    assert error(out, want_out) <= 0.02 * float(np.sqrt(np.mean(np.asarray(want_out, np.float32) ** 2)))
+    assert error(got.k, want.k) <= 0.02

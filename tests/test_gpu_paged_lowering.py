@@ -234,3 +234,16 @@ def test_what_is_served_by_name_alone_is_no_default(op, monkeypatch):
 def test_what_is_not_there_declines_by_name():
     with pytest.raises(NotImplementedError, match="write_pages has no 'mosaic_tpu'"):
         dispatch.load("write_pages", "mosaic_tpu")
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_under_vmap_a_call_after_the_other():
+    inputs = shapes([1] * 4, [100] * 4, (8, 2, 128), 16, jnp.bfloat16)
+    tokens, slots = jax.ShapeDtypeStruct((4, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def step(inputs, tokens, slots):
+        pages = write_pages(inputs["pages"], tokens, tokens, slots, implementation=GPU)
+        return paged_attention(**inputs | {"pages": pages}, max_q_len=1, implementation=GPU)
+
+    several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), (inputs, tokens, slots))
+    assert module_for_cuda(jax.vmap(step), *several).count("custom_call @mosaic_gpu") == 2

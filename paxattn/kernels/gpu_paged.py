@@ -50,10 +50,14 @@ def paged_attention(
     arrays = q, jax.tree.leaves(pages), page_table, kv_lens, cu_q_lens, skipped, sinks
     given = jax.tree.leaves(arrays)
     arrays = online_softmax.vary_like(arrays, *given)
-    results = _rows(problem, compressed, longest > few, *arrays)
-    if shared:
-        results = _merge(results, _prefix(problem, *arrays[:-1]), arrays[4][-1])
-    return online_softmax.vary_like(results, *given)
+    attend = jax.custom_batching.sequential_vmap(functools.partial(_attend, problem, compressed, longest > few))
+    return online_softmax.vary_like(attend(*arrays), *given)
+
+
+def _attend(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> Any:
+    skipped = arrays[-2]
+    results = _rows(problem, compressed, some_are_long, *arrays)
+    return results if skipped is None else _merge(results, _prefix(problem, *arrays[:-1]), arrays[4][-1])
 
 
 def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
@@ -153,7 +157,8 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
     given = *into, *tokens, slots
     arrays = online_softmax.vary_like((into, tokens, slots), *given)
-    written = gpu_paged_write.write(multiprocessors(), *arrays)
+    write = jax.custom_batching.sequential_vmap(functools.partial(gpu_paged_write.write, multiprocessors()))
+    written = write(*arrays)
     return jax.tree.unflatten(structure, online_softmax.vary_like(written, *given))
 
 
