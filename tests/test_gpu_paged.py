@@ -1,7 +1,8 @@
 """The Hopper kernel of paged_attention on the GPU it is for: `pytest -m gpu tests/test_gpu_paged.py`.
 
-Most of the time is compilation: add `-n 16`, with XLA_PYTHON_CLIENT_PREALLOCATE=false and XLA_PYTHON_CLIENT_ALLOCATOR=platform
-for as many processes to share the GPU's memory, and XLA_FLAGS=--xla_gpu_autotune_level=0, as the oracle is not to be fast.
+Most of the time is compilation: add `-n 16`, with XLA_PYTHON_CLIENT_PREALLOCATE=false and
+XLA_PYTHON_CLIENT_ALLOCATOR=platform for as many processes to share the GPU's memory, and
+XLA_FLAGS=--xla_gpu_autotune_level=0, as the oracle need not be fast.
 """
 
 import re

@@ -15,6 +15,7 @@ from paxattn.kernels import (
     gpu_paged_decode,
     gpu_paged_plan,
     gpu_paged_prefill,
+    gpu_paged_prefill_plan,
     gpu_paged_write,
     hopper,
     online_softmax,
@@ -55,9 +56,12 @@ def paged_attention(
 
 
 def _attend(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> Any:
-    skipped = arrays[-2]
-    results = _rows(problem, compressed, some_are_long, *arrays)
-    return results if skipped is None else _merge(results, _prefix(problem, *arrays[:-1]), arrays[4][-1])
+    if arrays[-2] is None:
+        return _rows(problem, compressed, some_are_long, *arrays, None)
+    prefix = _prefix(problem, *arrays[:-1])
+    if not some_are_long:
+        return _rows(problem, compressed, some_are_long, *arrays, prefix)
+    return _merge(_rows(problem, compressed, some_are_long, *arrays, None), prefix, arrays[4][-1])
 
 
 def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
@@ -68,8 +72,9 @@ def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
 
 
 def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
-    """Every row by itself: those of few queries in one kernel, those of many in another."""
-    read_as, blocks = (problem if compressed else gpu_paged_plan.abreast(problem)), multiprocessors()
+    """Every row by itself: those of few queries in one kernel, with a prefix if there is one; those of many in another."""
+    plainly = compressed or arrays[-1] is not None
+    read_as, blocks = problem if plainly else gpu_paged_plan.abreast(problem), multiprocessors()
     if compressed:
         kind, config = gpu_paged_codes.CODES, gpu_paged_codes.config_for(problem)
     else:
@@ -78,15 +83,18 @@ def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool
     results = gpu_paged_decode.decode(kind, read_as, config, blocks, *arrays)
     if not some_are_long:
         return results
-    few, page_table = ROWS // problem.group, arrays[2]
-    return _prefill(_dense(problem, page_table, causal=True), problem.page_size, few, arrays, results)
+    page_table, cu_q_lens, few = arrays[2], arrays[4], ROWS // problem.group
+    dense = _dense(problem, page_table, causal=True)
+    block_q = gpu_flash_fwd_plan.config_for(dense).block_q
+    work = gpu_paged_prefill_plan.tiles_of(cu_q_lens, problem.tokens, block_q, few)
+    return _prefill(dense, problem.page_size, work, arrays[:-1], results)
 
 
 def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q_lens, prefix_len):
     """All queries over the keys that all rows begin with (cascade, Ye et al. 2024).
 
     They see all of it, as rows of their own, one for each of a few parts of the prefix, so that there is work for all
-    multiprocessors -> [parts,T,H,D] and [parts,H,T], of the padding whatever it gives.
+    multiprocessors -> [parts,T,H,D] and [H,parts,T], of the padding whatever it gives.
     """
     dense = _dense(problem, page_table, causal=False)
     tokens, size, block_q = problem.tokens, problem.page_size, gpu_flash_fwd_plan.config_for(dense).block_q
@@ -94,17 +102,19 @@ def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q
     step = max(PART_STEP, size)
     part = tiles.cdiv(prefix_len[0], parts * step) * step
     most = tiles.cdiv(page_table.shape[1] * size, parts * step) * step // size
-    row = jnp.argmax(jnp.diff(cu_q_lens) > 0)
+    rows = jnp.arange(len(kv_lens), dtype=jnp.int32)
+    row = jnp.where(jnp.diff(cu_q_lens) > 0, rows, rows[-1]).min()
     index = jnp.arange(parts, dtype=jnp.int32)
     columns = (index * lax.div(part, jnp.int32(size)))[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
     table = page_table.at[row, columns].get(mode="clip")
     lens = jnp.clip(prefix_len[0] - index * part, 0, part)
     ends = jnp.arange(parts + 1, dtype=jnp.int32) * tokens
+    work = gpu_paged_prefill_plan.tiles_of_equals(parts, tokens, block_q)
     every = replace(dense, q_len=parts * tokens)
     all_q = jnp.tile(q, (parts, 1, 1))
     unwritten = lax.empty(all_q.shape, q.dtype), lax.empty((problem.heads, parts * tokens), jnp.float32)
-    out, lse = _prefill(every, size, 0, (all_q, pages, table, lens, ends, None, None), unwritten)
-    return out.reshape(parts, *q.shape), lse.reshape(problem.heads, parts, tokens).swapaxes(0, 1)
+    out, lse = _prefill(every, size, work, (all_q, pages, table, lens, ends, None, None), unwritten)
+    return out.reshape(parts, *q.shape), lse.reshape(problem.heads, parts, tokens)
 
 
 def _dense(problem: gpu_paged_plan.Problem, page_table: Array, causal: bool) -> Problem:
@@ -115,16 +125,16 @@ def _dense(problem: gpu_paged_plan.Problem, page_table: Array, causal: bool) -> 
 
 
 def _prefill(
-    problem: Problem, page_size: int, few: int, arrays: tuple, results: tuple[Array, Array]
+    problem: Problem, page_size: int, work: tuple[Array, Array], arrays: tuple, results: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """`results`, with those of all rows of more than `few` queries."""
+    """`results`, with those of the rows that `work` has tiles of."""
     q, pages, page_table, kv_lens, cu_q_lens, skipped, sinks = arrays
     config = gpu_flash_fwd_plan.config_for(problem)
-    inputs = q[None], *pages, page_table, kv_lens, cu_q_lens
+    inputs = q[None], *pages, page_table, kv_lens, cu_q_lens, *work
     sinks = None if sinks is None else sinks[None]
 
     def run(inputs, skipped, sinks, results):
-        fixed = problem, config, multiprocessors(), few, page_size
+        fixed = problem, config, multiprocessors(), page_size
         state = *(x[None] for x in results), jnp.zeros(1, jnp.int32)
         return pl.run_state(lambda refs: gpu_paged_prefill.prefill(*fixed, inputs, skipped, sinks, refs))(state)
 
@@ -133,19 +143,13 @@ def _prefill(
 
 
 def _merge(one: tuple[Array, Array], others: tuple[Array, Array], tokens: Array) -> tuple[Array, Array]:
-    """Attention over several sets of keys from that over each: out [T,H,D] and lse [H,T], others [parts,...].
-
-    Written out part by part, as XLA makes one kernel of what has no reductions.
-    """
+    """Attention over several sets of keys from that over each: out [T,H,D] and lse [H,T], others as of `_prefix`."""
     there = jnp.arange(one[0].shape[0], dtype=jnp.int32) < tokens
-    outs, lses = ([x, *more] for x, more in zip(one, others, strict=True))
-    lses = [lses[0], *(jnp.where(there[None], x, -jnp.inf) for x in lses[1:])]
-    highest = functools.reduce(jnp.maximum, lses)
-    weights = [jnp.exp(x - jnp.where(jnp.isneginf(highest), 0.0, highest)) for x in lses]
-    total = sum(weights[1:], weights[0])
-    shares = ((w / jnp.where(total == 0, 1.0, total)).T[..., None] for w in weights)
-    terms = [jnp.where(s == 0, 0.0, s * x.astype(jnp.float32)) for s, x in zip(shares, outs, strict=True)]
-    return sum(terms[1:], terms[0]).astype(one[0].dtype), highest + jnp.log(total)
+    outs = jnp.concatenate([one[0][None], others[0]]).astype(jnp.float32)
+    lse = jnp.concatenate([one[1][None], jnp.where(there[None, None], others[1].swapaxes(0, 1), -jnp.inf)])
+    whole = jax.nn.logsumexp(lse, axis=0)
+    weights = jnp.exp(lse - jnp.where(jnp.isneginf(whole), 0.0, whole)[None]).swapaxes(1, 2)[..., None]
+    return jnp.where(weights == 0, 0.0, weights * outs).sum(axis=0).astype(one[0].dtype), whole
 
 
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:

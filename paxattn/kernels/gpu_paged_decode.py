@@ -45,12 +45,24 @@ class Kind:
 
 
 def decode(
-    kind: Kind, problem: Problem, config: Config, num_sms: int, q, pages, page_table, kv_lens, cu_q_lens, skipped, sinks
+    kind: Kind,
+    problem: Problem,
+    config: Config,
+    num_sms: int,
+    q,
+    pages,
+    page_table,
+    kv_lens,
+    cu_q_lens,
+    skipped,
+    sinks,
+    more,
 ) -> tuple[Array, Array]:
     """q [T,H,D], pages [N,P,K,...] each, page_table [R,M] -> out [T,H,D], lse float32 [H,T].
 
-    Rows of more than max_q_len queries are left out, and of all rows the first `skipped` [1] keys. That and sinks,
-    float32 [H], may be None.
+    Rows of more than max_q_len queries are left out, and of all rows the first `skipped` [1] keys. What is found is
+    merged with what is known of more keys, out [parts,T,H,D] and lse [H,parts,T]. These and sinks, float32 [H], may be
+    None.
     """
     workers = num_sms * config.warpgroups
     queries = q.reshape(-1, q.shape[-1])
@@ -62,7 +74,9 @@ def decode(
         jax.ShapeDtypeStruct((part_rows, problem.columns), jnp.float32),
         jax.ShapeDtypeStruct((part_rows,), jnp.float32),
     )
-    given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
+    more, more_lse = (None, None) if more is None else (more[0].reshape(-1, q.shape[-1]), more[1].reshape(-1))
+    given = dict(skipped=skipped, sinks=sinks, more=more, more_lse=more_lse)
+    given = {name: x for name, x in given.items() if x is not None}
     body = partial(_kernel, kind, problem, config, num_sms, len(pages), tuple(given))
     scratch = kind.scratch(problem, config, pages[0].dtype)
     scratch |= gpu_queue.scratch(len(kind.producers), FIELDS, config.warpgroups)
@@ -122,7 +136,8 @@ def _kernel(kind: Kind, problem: Problem, config: Config, num_sms: int, arrays: 
         if config.warpgroups > 1:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         outputs = out, lse, part, part_lse, counters
-        kind.consumer(plan, wg, worker + wg, smem, q, given.get("sinks"), *outputs).run()
+        extra = (given.get(name) for name in ("sinks", "more", "more_lse"))
+        kind.consumer(plan, wg, worker + wg, smem, q, *extra, *outputs).run()
 
     @pl.when(wg == config.warpgroups)
     def _producer():
@@ -242,6 +257,8 @@ class Consumer:
     smem: dict
     q: Any  # [T*H,D]
     sinks: Any  # [H]
+    more: Any  # [parts*T*H,D]
+    more_lse: Any  # [H*parts*T]
     out: Any  # [T*H,D]
     lse: Any  # [H*T]
     part: Any  # [2*workers*rows,D]: of each worker the item that it goes on with, then the one that others go on with
@@ -346,11 +363,11 @@ class Consumer:
         of_token = packed - self.token(packed) * problem.group
         return lax.div(of_token, jnp.full_like(packed, problem.group // problem.abreast))
 
-    def lse_rows(self, item: Item, packed) -> Array:
-        """Where the packed rows stand in [H*T]; -1 for the unused."""
+    def lse_rows(self, item: Item, packed, part: int = 0, parts: int = 1) -> Array:
+        """Where the packed rows stand in [H*T], or of [H*parts*T] in a part; -1 for the unused."""
         problem, token = self.problem, self.token(packed)
         head = packed - token * problem.group + item.head * problem.group
-        at = head * problem.tokens + token + item.q_start
+        at = (head * parts + part) * problem.tokens + token + item.q_start
         return jnp.where(packed < item.q_len * problem.group, at, -1)
 
     def softmax(self, s, m, l, item: Item, block):
@@ -388,7 +405,7 @@ class Consumer:
         self.meet()
 
     def write(self, item: Item, o, lse, packed, layout) -> None:
-        """Bring in the sink and store what is the packed rows' result; lse in base 2."""
+        """Bring in the sink and what is known of more keys, and store the packed rows' result; lse in base 2."""
         if self.sinks is not None:
             head = packed - self.token(packed) * self.problem.group + item.head * self.problem.group
             used = packed < item.q_len * self.problem.group
@@ -398,12 +415,27 @@ class Consumer:
             whole = seen + jnp.exp2(sink - higher)
             o = o * hopper_lanes.along(seen / whole, o.shape, layout)
             lse = jnp.where(lse == -jnp.inf, lse, higher + jnp.log2(whole))
+        if self.more is not None:
+            o, lse = self.bring_in_more(item, o, lse, packed, layout)
         rows, abreast, o = self.query_rows(item, packed), self.problem.abreast, o.astype(self.out.dtype)
         width = o.shape[1] // abreast
         for i in range(abreast):
             mine = rows if abreast == 1 else jnp.where(self.place_abreast(packed) == i, rows, -1)
             hopper_lanes.store_rows(self.out, mine, o[:, i * width : (i + 1) * width], layout)
         hopper_lanes.store_rows(self.lse, self.lse_rows(item, packed), lse / LOG2E, layout)
+
+    def bring_in_more(self, item: Item, o, lse, packed, layout) -> tuple[Array, Array]:
+        parts, rows = self.more.shape[0] // self.q.shape[0], self.query_rows(item, packed)
+        for i in range(parts):
+            at = jnp.where(rows >= 0, rows + i * self.q.shape[0], -1)
+            more = hopper_lanes.load_rows(self.more, at, layout, o.shape[1]).astype(jnp.float32)
+            more_lse = hopper_lanes.load_rows(self.more_lse, self.lse_rows(item, packed, i, parts), layout) * LOG2E
+            higher = jnp.maximum(jnp.maximum(lse, more_lse), NEVER)
+            weight, other = jnp.exp2(lse - higher), jnp.exp2(more_lse - higher)
+            whole = weight + other
+            share, its = (hopper_lanes.along(x / whole, o.shape, layout) for x in (weight, other))
+            o, lse = o * share + more * its, higher + jnp.log2(whole)
+        return o, lse
 
     @property
     def part_rows(self) -> int:

@@ -73,8 +73,8 @@ def abreast(problem: Problem) -> Problem:
 
 
 def blocks(multiprocessors: int) -> int:
-    """Of the grid. Where few are left over they are a power of two: rows and lengths often are, too, and then are not cut;
-    fewer readers do not read less, as memory is what is slow."""
+    """Of the grid: a power of two where few multiprocessors are left over, so that rows of equal lengths, often a power
+    of two themselves, are not cut. Fewer readers do not read less, as memory is what is slow."""
     power = 1 << (multiprocessors.bit_length() - 1)
     return power if 16 * power >= 15 * multiprocessors else multiprocessors
 

@@ -17,7 +17,7 @@ from paxattn.kernels import gpu_queue, hopper, hopper_lanes
 from paxattn.kernels.gpu_blocks import ROWS, iota
 from paxattn.kernels.gpu_flash_fwd import LOOK_UP, Consumer, Producer, Taken, scratch_of, take_items
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item
-from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan, most_tiles, tiles_of
+from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan
 from paxattn.kernels.hopper import ROW
 from paxattn.kernels.problem import Problem
 
@@ -26,30 +26,28 @@ def prefill(
     problem: Problem,
     config: Config,
     num_sms: int,
-    longest_left_out: int,
     page_size: int,
     inputs: tuple[Array, ...],
     skipped: Array | None,
     sinks: Array | None,
     results: tuple,
 ) -> None:
-    """Write the result of all rows of more than `longest_left_out` queries to refs out [1,T,H,D] and lse [1,H,T].
+    """Write the result of the rows that `tiles_of` has tiles of to refs out [1,T,H,D] and lse [1,H,T].
 
     These are the first two of `results`; the third is a counter, 0.
 
-    inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R], cu_q_lens [R+1]; skipped int32 [1], how many of
-    every row's first keys to leave out; sinks float32 [1,H].
+    inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R], cu_q_lens [R+1] and these tiles; skipped int32
+    [1], how many of every row's first keys to leave out; sinks float32 [1,H].
     """
-    *arrays, kv_lens, cu_q_lens = inputs
-    table, count = tiles_of(cu_q_lens, problem.q_len, config.block_q, longest_left_out)
-    ctas = min(num_sms, problem.heads * most_tiles(problem.q_len, len(kv_lens), config.block_q))
+    *_, table, _ = inputs
+    ctas = min(num_sms, problem.heads * len(table))
     pieces = max(1, config.block_kv // page_size)
     scratch = scratch_of(problem, config, inputs[0].dtype, pieces)
     scratch |= gpu_queue.scratch(config.warpgroups + 2, FIELDS) | gpu_queue.on_demand()
     given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
     body = partial(_kernel, problem, config, ctas, page_size, tuple(given))
     call = hopper.kernel(body, ctas, config.warpgroups, scratch)
-    call(*arrays, kv_lens, cu_q_lens, table, count, *given.values(), *results)
+    call(*inputs, *given.values(), *results)
 
 
 def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, names: tuple[str, ...], *refs, **smem):

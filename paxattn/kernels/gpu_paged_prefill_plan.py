@@ -35,6 +35,13 @@ def tiles_of(cu_q_lens: Array, tokens: int, size: int, longest_left_out: int) ->
     return table.astype(jnp.int32), ends[-1:].astype(jnp.int32)
 
 
+def tiles_of_equals(rows: int, tokens: int, size: int) -> tuple[Array, Array]:
+    """`tiles_of` so many rows of so many queries each, which are constants."""
+    each = tiles.cdiv(tokens, size)
+    table = [(row, row * each, each) for row in range(rows) for _ in range(each)]
+    return jnp.asarray(table, jnp.int32), jnp.asarray([rows * each], jnp.int32)
+
+
 @dataclass(frozen=True)
 class PagedPlan:
     """Items that blocks take as they become ready: row after row, in a row head after head, which share what they
