@@ -72,7 +72,7 @@ def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
 
 
 def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
-    """Every row by itself: those of few queries in one kernel, with a prefix if there is one; those of many in another."""
+    """Rows by themselves: those of few queries in one kernel, and with it a prefix; those of many in another."""
     plainly = compressed or arrays[-1] is not None
     read_as, blocks = problem if plainly else gpu_paged_plan.abreast(problem), multiprocessors()
     if compressed:

@@ -9,7 +9,7 @@ of them to be done merges them in a fixed order.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar
 
 import jax
@@ -426,16 +426,17 @@ class Consumer:
 
     def bring_in_more(self, item: Item, o, lse, packed, layout) -> tuple[Array, Array]:
         parts, rows = self.more.shape[0] // self.q.shape[0], self.query_rows(item, packed)
-        for i in range(parts):
-            at = jnp.where(rows >= 0, rows + i * self.q.shape[0], -1)
-            more = hopper_lanes.load_rows(self.more, at, layout, o.shape[1]).astype(jnp.float32)
-            more_lse = hopper_lanes.load_rows(self.more_lse, self.lse_rows(item, packed, i, parts), layout) * LOG2E
-            higher = jnp.maximum(jnp.maximum(lse, more_lse), NEVER)
-            weight, other = jnp.exp2(lse - higher), jnp.exp2(more_lse - higher)
-            whole = weight + other
-            share, its = (hopper_lanes.along(x / whole, o.shape, layout) for x in (weight, other))
-            o, lse = o * share + more * its, higher + jnp.log2(whole)
-        return o, lse
+        places = [jnp.where(rows >= 0, rows + i * self.q.shape[0], -1) for i in range(parts)]
+        # All are on their way together.
+        others = [hopper_lanes.load_rows(self.more, at, layout, o.shape[1]) for at in places]
+        of_others = [self.lse_rows(item, packed, i, parts) for i in range(parts)]
+        lses = [lse, *(hopper_lanes.load_rows(self.more_lse, at, layout) * LOG2E for at in of_others)]
+        higher = reduce(jnp.maximum, lses, jnp.full_like(lse, NEVER))
+        weights = [jnp.exp2(x - higher) for x in lses]
+        whole = reduce(jnp.add, weights)
+        shares = [hopper_lanes.along(x / whole, o.shape, layout) for x in weights]
+        terms = (x.astype(jnp.float32) * share for x, share in zip(others, shares[1:], strict=True))
+        return reduce(jnp.add, terms, o * shares[0]), higher + jnp.log2(whole)
 
     @property
     def part_rows(self) -> int:

@@ -105,7 +105,7 @@ ANCHORS = [
 
 SUITES = {
     "anchors": ANCHORS,
-    "rows": [f"{rows} H32/8 D128 page16" for rows in ("2x32768", "4x16384", "512x512", "64x1..8192")],
+    "rows": [f"{rows} H32/8 D128 page16" for rows in ("2x65536", "4x32768", "512x512", "64x1..8192")],
     "groups": [f"64x2048 H{8 * group}/8 D128 page16" for group in (1, 4, 7, 8, 16)],
     "dims": [f"64x2048 H32/8 D{dim} page16" for dim in (64, 80, 96, 256)],
     "pages": [f"64x2048 H32/8 D128 page{size}" for size in (8, 32, 256)],
