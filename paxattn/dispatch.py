@@ -27,6 +27,7 @@ MODULES = {
         "reference": "paxattn.reference",
     },
     "write_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
+    "write_compressed_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
 }
 
 ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)}
@@ -35,6 +36,7 @@ ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xl
 BY_NAME = {
     ("flash_attention", "mosaic_tpu"),
     ("paged_attention", "mosaic_tpu"),
+    ("write_compressed_pages", "mosaic_gpu"),
 }
 
 

@@ -156,7 +156,7 @@ def write_json(path: Path, results: list[Result], read: float) -> None:
         )
         for one in results
     ]
-    told = dict(machine=machine(), command=command(sys.argv[1:]), read_gbs=read, rows=rows)
+    told = dict(machine=machine(), command=command("bench_paged.py", sys.argv[1:]), read_gbs=read, rows=rows)
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -173,9 +173,10 @@ def draw(results: list[Result], names: list[str], read: float, path: Path) -> No
         places = [row + width * index for row in range(len(results))]
         panel.bar(places, [one.rate(name) or 0 for one in results], width, label=name)
     panel.axhline(read, color="black", linewidth=1, linestyle="--", label="read")
-    panel.set_xticks(range(len(results)), [str(one.shape).replace(" ", "\n") for one in results], fontsize=7)
-    panel.set(ylabel="GB/s")
-    panel.legend(fontsize=8, frameon=False)
+    middles = [row + (width * len(names) - width) / 2 for row in range(len(results))]
+    panel.set_xticks(middles, [str(one.shape).replace(" ", "\n") for one in results], fontsize=7)
+    panel.set(ylabel="GB/s of keys and values")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(names) + 1)
     panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(machine()["device"])
     figure.savefig(path, dpi=110)

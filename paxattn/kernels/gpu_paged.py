@@ -166,6 +166,9 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
     return jax.tree.unflatten(structure, online_softmax.vary_like(written, *given))
 
 
+write_compressed_pages = write_pages
+
+
 def _need_hopper() -> None:
     if not on_hopper():
         kind = jax.devices()[0].device_kind

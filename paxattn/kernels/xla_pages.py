@@ -25,3 +25,6 @@ def put(into: Array, at: tuple[Array, ...], valid: Array, x: Array) -> Array:
     x = jnp.where(valid[0], x[0], into[first])
     rest = (0,) * (into.ndim - len(at))
     return lax.optimization_barrier(lax.dynamic_update_slice(into, x[(None,) * len(at)], (*first, *rest)))
+
+
+write_compressed_pages = write_pages

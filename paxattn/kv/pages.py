@@ -102,7 +102,8 @@ def write_pages(
     checks.check_ints("slots", slots, (k.shape[0],), "T")
     if slots.dtype != jnp.int32:
         slots = jnp.where((slots >= 0) & (slots < num_pages * page_size), slots, -1).astype(jnp.int32)
-    return dispatch.call("write_pages", implementation, pages, _encode(pages, k, v), slots)
+    op = "write_pages" if pages.k_scale is None else "write_compressed_pages"
+    return dispatch.call(op, implementation, pages, _encode(pages, k, v), slots)
 
 
 def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:

@@ -125,12 +125,12 @@ def machine() -> dict[str, str]:
     return about | {"paxattn": paxattn.__version__}
 
 
-def command(words: list[str]) -> str:
+def command(script: str, words: list[str]) -> str:
     """As typed, without the names of the files it writes."""
     output = [i for i, word in enumerate(words) if re.match("--(json|plot)", word)]
     output += [i + 1 for i in output if "=" not in words[i]]
     kept = [shlex.quote(word) for i, word in enumerate(words) if i not in output]
-    return " ".join(["python scripts/bench_attention.py", *kept])
+    return " ".join([f"python scripts/{script}", *kept])
 
 
 def write_json(path: Path, results: list[Result], options: argparse.Namespace) -> None:
@@ -147,7 +147,7 @@ def write_json(path: Path, results: list[Result], options: argparse.Namespace) -
     ]
     told = {
         "machine": machine(),
-        "command": command(sys.argv[1:]),
+        "command": command("bench_attention.py", sys.argv[1:]),
         "rounds": options.rounds,
         "iterations": options.iterations,
         "rows": rows,
