@@ -12,7 +12,7 @@ from test_gpu_flash import bound, check_what_sees_nothing, cotangents_of, judges
 from tpu import GENERATIONS, compile_for, interpreted
 
 from paxattn import flash_attention
-from paxattn.kernels import tpu_flash_fwd_plan
+from paxattn.kernels import tpu_flash_bwd_plan, tpu_flash_fwd_plan
 from paxattn.kernels.problem import Problem
 from paxattn.kernels.tpu_flash_fwd_plan import Config
 
@@ -22,7 +22,8 @@ TPU = "mosaic_tpu"
 @pytest.fixture
 def small_blocks(monkeypatch):
     """So small that the lengths of the cases make several, of queries and of keys, with several tiles in one."""
-    monkeypatch.setattr(tpu_flash_fwd_plan, "config_for", lambda *_: Config(256, 256, 128, 128))
+    for plan in (tpu_flash_fwd_plan, tpu_flash_bwd_plan):
+        monkeypatch.setattr(plan, "config_for", lambda *_: Config(256, 256, 128, 128))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -38,9 +39,7 @@ def test_equals_the_oracle_as_closely_as_plain_attention(case, dtype, rng):
         got = jax.jit(attend(case, TPU))(moving, fixed, cotangents)
         jax.block_until_ready(got)
     want, plain = judges(case)(moving, exact, fixed, seen, cotangents)
-    # In low precision the gradients are the XLA implementation's, whose own test judges them.
-    for name in got if dtype == "float32" else ("out", "lse"):
-        x = got[name]
+    for name, x in got.items():
         assert x.shape == want[name].shape, name
         assert x.dtype == ("float32" if name in ("lse", "dsinks") else dtype), name
         # lse, too: the kernel has q scaled and rounded again, an error of lse where a query sees few keys.
@@ -75,17 +74,33 @@ def test_the_plan_visits_every_pair_that_is_seen_once_and_no_tile_of_others(q_le
     assert visited[:q_len, :kv_len][seen].all()
 
 
-LLAMA_8B, GEMMA = (32, 8, 128), (8, 4, 256)
+LLAMA_8B, LLAMA_70B, QWEN, GEMMA = (32, 8, 128), (64, 8, 128), (14, 2, 64), (8, 4, 256)
+MODELS = dict(llama_8b=LLAMA_8B, llama_70b=LLAMA_70B, qwen2_0_5b=QWEN, gemma=GEMMA)
+
+
+def gradients(**options):
+    """Of out and lse in all arrays but the ids: forward and backward kernel."""
+
+    def loss(moving, fixed):
+        out, lse = flash_attention(**moving, **fixed, **options, implementation=TPU, return_lse=True)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    return jax.grad(loss)
+
+
+def check_kernels(compiled):
+    text = compiled.as_text()
+    assert "flash_attention_fwd" in text
+    assert "flash_attention_bwd" in text
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("heads", [LLAMA_8B, GEMMA], ids=["llama_8b", "gemma"])
-@pytest.mark.parametrize("options", [dict(causal=True), dict(causal=True, window=1024, softcap=50.0)], ids=str)
-def test_compiles_at_8k_tokens(generation, heads, options):
+@pytest.mark.parametrize("heads", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("length", [8192, 131072])
+def test_compiles_for_models(generation, heads, length):
     h, k, d = heads
-    q, kv = (jax.ShapeDtypeStruct((1, 8192, n, d), jnp.bfloat16) for n in (h, k))
-    run = lambda q, k, v: flash_attention(q, k, v, implementation=TPU, return_lse=True, **options)
-    assert "tpu_custom_call" in compile_for(generation, run, q, kv, kv).as_text()
+    q, kv = (jax.ShapeDtypeStruct((1, length, n, d), jnp.bfloat16) for n in (h, k))
+    check_kernels(compile_for(generation, gradients(causal=True), dict(q=q, k=kv, v=kv), {}))
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -93,12 +108,11 @@ def test_compiles_at_8k_tokens(generation, heads, options):
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)], ids=str)
 def test_compiles_with_everything(generation, dtype, dims):
     shapes = dict(q=(2, 1000, 4, dims[0]), k=(2, 3001, 2, dims[0]), v=(2, 3001, 2, dims[1]))
-    arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    moving = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    moving["sinks"] = jax.ShapeDtypeStruct((4,), jnp.float32)
     ids = (jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (1000, 3001))
-    arrays |= dict(zip(("q_segment_ids", "kv_segment_ids"), ids, strict=True))
-    arrays["sinks"] = jax.ShapeDtypeStruct((4,), jnp.float32)
-    run = lambda arrays: flash_attention(**arrays, causal=True, window=700, softcap=30.0, implementation=TPU)
-    assert "tpu_custom_call" in compile_for(generation, run, arrays).as_text()
+    fixed = dict(zip(("q_segment_ids", "kv_segment_ids"), ids, strict=True))
+    check_kernels(compile_for(generation, gradients(causal=True, window=700, softcap=30.0), moving, fixed))
 
 
 @pytest.mark.parametrize(
