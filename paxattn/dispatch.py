@@ -26,7 +26,11 @@ MODULES = {
         "mosaic_tpu": "paxattn.kernels.tpu_paged",
         "reference": "paxattn.reference",
     },
-    "write_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
+    "write_pages": {
+        "xla": "paxattn.kernels.xla_pages",
+        "mosaic_gpu": "paxattn.kernels.gpu_paged",
+        "mosaic_tpu": "paxattn.kernels.tpu_paged_write",
+    },
 }
 
 ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)}
@@ -37,6 +41,7 @@ BY_NAME = {
     ("paged_attention", "mosaic_gpu"),
     ("paged_attention", "mosaic_tpu"),
     ("write_pages", "mosaic_gpu"),
+    ("write_pages", "mosaic_tpu"),
 }
 
 

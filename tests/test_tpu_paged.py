@@ -1,4 +1,6 @@
-"""The TPU kernel of paged_attention: its numbers in interpret mode, and that it compiles for each generation."""
+"""The TPU kernels of paged_attention and write_pages: their numbers in interpret mode, and that they compile."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ from cases import PAGED, error, paged_inputs
 from test_paged_attention import LOW, run
 from tpu import GENERATIONS, compile_for, interpreted
 
-from paxattn import KVPages, paged_attention
+from paxattn import KVPages, init_pages, paged_attention, write_pages
+from paxattn.kernels import tpu_paged_write
 
 TPU = "mosaic_tpu"
 
@@ -41,6 +44,58 @@ def test_bfloat16_is_as_near_as_the_xla_implementation(case, rng):
     assert error(got, want) <= 2 * error(plainly, want) + 1e-6
 
 
+SLOTS = {
+    "scattered": lambda rng, tokens, room: np.where(rng.random(tokens) < 0.2, -1, rng.permutation(room)[:tokens]),
+    "in_order": lambda rng, tokens, room: np.arange(tokens) + rng.integers(0, room - tokens + 1),
+    "beyond": lambda rng, tokens, room: rng.permutation(room)[:tokens] + room // 2,
+    "nowhere": lambda rng, tokens, room: np.full(tokens, -1) - rng.integers(0, 9, tokens),
+}
+
+
+@pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
+@pytest.mark.parametrize(("tokens", "page_size"), [(1, 16), (61, 8), (300, 16), (70, 1), (60, 64), (1700, 128)])
+def test_writes_what_xla_writes(slots, tokens, page_size, rng, monkeypatch):
+    monkeypatch.setattr(tpu_paged_write, "CHUNK", 256)
+    pages = jnp.asarray(rng.normal(size=(tokens // page_size + 3, page_size, 2, 128)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(tokens, 2, 128)), jnp.float32) for _ in range(2))
+    at = jnp.asarray(slots(rng, tokens, pages.shape[0] * page_size), jnp.int32)
+    run = lambda name: jax.jit(lambda *x: write_pages(*x, implementation=name))(KVPages(pages, -pages), k, v, at)
+    with interpreted():
+        got = jax.block_until_ready(run(TPU))
+    jax.tree.map(np.testing.assert_array_equal, got, run("xla"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "feature"),
+    [
+        ((3, 8, 2, 64), "float32", "heads of 64"),
+        ((3, 8, 1, 128), "float32", "1 heads"),
+        ((3, 8, 2, 128), "int8", "int8"),
+    ],
+)
+def test_pages_that_cannot_be_written_in_place_are_declined(shape, dtype, feature):
+    new = jnp.zeros((1, *shape[2:]))
+    with pytest.raises(NotImplementedError, match=feature):
+        write_pages(init_pages(*shape, dtype), new, new, jnp.zeros(1, jnp.int32), implementation=TPU)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_pages_are_written_in_place(generation, tokens):
+    pages = jax.ShapeDtypeStruct((4096, 16, 8, 128), jnp.bfloat16)
+    new, slots = jax.ShapeDtypeStruct((tokens, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    write = jax.jit(lambda *x: write_pages(*x, implementation=TPU), donate_argnums=0)
+    compiled = compile_for(generation, write, KVPages(pages, pages), new, new, slots)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+    assert not copies_of(pages, compiled)
+
+
+def copies_of(pages, compiled):
+    """Instructions that make an array of the pages' shape from another."""
+    shape = re.escape(str(list(pages.shape)).replace(" ", ""))
+    return re.findall(rf"= \w+{shape}\S* (?:copy|fusion|transpose)\(.*", compiled.as_text())
+
+
 ROWS, LENGTH = 64, 2048
 
 
@@ -59,4 +114,6 @@ def test_compiles_for_decode_of_llama_8b(generation, page_size):
         )
     )
     step = lambda q, pages, *rest: paged_attention(q, pages, *rest, max_q_len=1, implementation=TPU)
-    assert "tpu_custom_call" in compile_for(generation, step, q, KVPages(pages, pages), table, lens, ends).as_text()
+    compiled = compile_for(generation, step, q, KVPages(pages, pages), table, lens, ends)
+    assert "paged_attention_few" in compiled.as_text()
+    assert not copies_of(pages, compiled)

@@ -35,9 +35,9 @@ def chip(generation):
 
 
 def compile_for(generation, fn, *args):
-    """Compile fn for one chip; args are pytrees of ShapeDtypeStruct."""
+    """Compile fn, jitted or not, for one chip; args are pytrees of ShapeDtypeStruct."""
     mesh = jax.sharding.Mesh(np.array([chip(generation)]), ("chip",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which says what some of Pallas asks the device
-        return jax.jit(fn).lower(*placed).compile()
+        return (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*placed).compile()
