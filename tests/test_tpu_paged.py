@@ -11,7 +11,7 @@ from test_paged_attention import LOW, run
 from tpu import GENERATIONS, compile_for, interpreted
 
 from paxattn import KVPages, init_pages, paged_attention, write_pages
-from paxattn.kernels import tpu_paged_write
+from paxattn.kernels import tpu_paged, tpu_paged_write
 
 TPU = "mosaic_tpu"
 
@@ -23,6 +23,19 @@ def interpret(case, inputs):
 
 @pytest.mark.parametrize("case", PAGED, ids=str)
 def test_float32_equals_the_oracle(case, rng):
+    check(case, rng)
+
+
+STREAMED = [case for case in PAGED if case.name in ("decode_idle_rows", "mixed", "window_decode_dropped")]
+
+
+@pytest.mark.parametrize("case", STREAMED, ids=str)
+def test_a_page_table_too_large_for_smem_is_read_line_by_line(case, rng, monkeypatch):
+    monkeypatch.setattr(tpu_paged, "MOST_RESIDENT", 0)
+    check(case, rng)
+
+
+def check(case, rng):
     inputs = paged_inputs(case, rng, jnp.float32)
     out, lse = interpret(case, inputs)
     want_out, want_lse = run(case, inputs, "reference")
@@ -53,7 +66,7 @@ SLOTS = {
 
 
 @pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
-@pytest.mark.parametrize(("tokens", "page_size"), [(1, 16), (61, 8), (300, 16), (70, 1), (60, 64), (1700, 128)])
+@pytest.mark.parametrize(("tokens", "page_size"), [(1, 16), (61, 8), (300, 16), (70, 1), (60, 64), (500, 128)])
 def test_writes_what_xla_writes(slots, tokens, page_size, rng, monkeypatch):
     monkeypatch.setattr(tpu_paged_write, "CHUNK", 256)
     pages = jnp.asarray(rng.normal(size=(tokens // page_size + 3, page_size, 2, 128)), jnp.float32)
@@ -96,24 +109,40 @@ def copies_of(pages, compiled):
     return re.findall(rf"= \w+{shape}\S* (?:copy|fusion|transpose)\(.*", compiled.as_text())
 
 
-ROWS, LENGTH = 64, 2048
+def arrays(tokens, rows, width, heads, page_size, dtype=jnp.bfloat16):
+    """The arguments of a call: q, pages, page_table, kv_lens, cu_q_lens."""
+    h, k, d = heads
+    pages = jax.ShapeDtypeStruct((max(4096, width), page_size, k, d), dtype)
+    ints = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,), (rows + 1,)))
+    return jax.ShapeDtypeStruct((tokens, h, d), dtype), KVPages(pages, pages), *ints
+
+
+LLAMA_8B, LLAMA_70B, QWEN, GEMMA = (32, 8, 128), (64, 8, 128), (14, 2, 64), (8, 4, 256)
+CALLS = {
+    **{f"decode_pages_of_{page}": ((64, 64, 2048 // page, LLAMA_8B, page), 1) for page in (16, 64, 128)},
+    **{f"chunk_pages_of_{page}": ((2048, 3, 8192 // page, LLAMA_8B, page), None) for page in (16, 64, 128)},
+    "decode_llama_70b": ((64, 64, 128, LLAMA_70B, 16), 1),
+    "decode_qwen": ((64, 64, 128, QWEN, 16), 1),
+    "decode_gemma": ((64, 64, 128, GEMMA, 16), 1),
+    "mixed_llama_70b": ((2048, 9, 512, LLAMA_70B, 16), None),
+    "mixed_qwen": ((2048, 9, 512, QWEN, 16), None),
+    "mixed_gemma": ((2048, 9, 512, GEMMA, 16), None),
+    "a_large_table": ((4096, 4096, 512, LLAMA_8B, 16), 1),
+    "32_kv_heads_float32": ((64, 64, 128, (32, 32, 128), 16, jnp.float32), 1),
+}
+QUICK = ("decode_pages_of_16", "a_large_table")
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("page_size", [16, 64, 128])
-def test_compiles_for_decode_of_llama_8b(generation, page_size):
-    width = LENGTH // page_size
-    pages = jax.ShapeDtypeStruct((ROWS * width, page_size, 8, 128), jnp.bfloat16)
-    q, table, lens, ends = (
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (
-            ((ROWS, 32, 128), jnp.bfloat16),
-            ((ROWS, width), jnp.int32),
-            ((ROWS,), jnp.int32),
-            ((ROWS + 1,), jnp.int32),
-        )
-    )
-    step = lambda q, pages, *rest: paged_attention(q, pages, *rest, max_q_len=1, implementation=TPU)
-    compiled = compile_for(generation, step, q, KVPages(pages, pages), table, lens, ends)
+@pytest.mark.parametrize(
+    "call", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
+)
+def test_compiles(generation, call):
+    shapes, longest = CALLS[call]
+    args = arrays(*shapes)
+    step = lambda *x: paged_attention(*x, max_q_len=longest, implementation=TPU)
+    compiled = compile_for(generation, step, *args)
     assert "paged_attention_few" in compiled.as_text()
-    assert not copies_of(pages, compiled)
+    assert ("paged_attention_many" in compiled.as_text()) == (longest is None)
+    if shapes[3] != QWEN:  # head dims in whole lanes alone stay where they are
+        assert not copies_of(args[1].k, compiled)

@@ -20,7 +20,7 @@ from paxattn.kernels import online_softmax
 from paxattn.kernels.problem import LOG2E, Problem
 from paxattn.kernels.tpu_flash_bwd_plan import EARLY, FRESH, LATE, SLOTS, Steps, steps
 from paxattn.kernels.tpu_flash_fwd_plan import LANES, Config, Kind, Tile
-from paxattn.kernels.tpu_flash_tiles import NN, NT, VMEM_BYTES, dot, pipeline, seen, upright, widened
+from paxattn.kernels.tpu_tiles import NN, NT, VMEM_BYTES, dot, pipeline, seen, upright, widened
 
 
 class Refs(NamedTuple):

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from paxattn.kernels import online_softmax
 from paxattn.kernels.problem import LOG2E, Problem
 from paxattn.kernels.tpu_flash_fwd_plan import Config, Kind, Steps, Tile, steps, steps_of_segments
-from paxattn.kernels.tpu_flash_tiles import NN, NT, VMEM_BYTES, dot, pipeline, seen
+from paxattn.kernels.tpu_tiles import NN, NT, VMEM_BYTES, dot, pipeline, seen
 
 NEVER = float(jnp.finfo(jnp.float32).min)  # a maximum that nothing stays below; finite, so that differences are
 

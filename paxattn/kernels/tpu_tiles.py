@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel of flash attention on TPU share: how a tile is computed and masked."""
+"""What the TPU kernels share: how a tile of scores is computed and, of flash attention, masked."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
