@@ -26,7 +26,11 @@ MODULES = {
         "mosaic_tpu": "paxattn.kernels.tpu_paged",
         "reference": "paxattn.reference",
     },
-    "write_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
+    "write_pages": {
+        "xla": "paxattn.kernels.xla_pages",
+        "mosaic_gpu": "paxattn.kernels.gpu_paged",
+        "mosaic_tpu": "paxattn.kernels.tpu_paged_write",
+    },
     "write_compressed_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
 }
 
@@ -36,6 +40,7 @@ ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xl
 BY_NAME = {
     ("flash_attention", "mosaic_tpu"),
     ("paged_attention", "mosaic_tpu"),
+    ("write_pages", "mosaic_tpu"),
     ("write_compressed_pages", "mosaic_gpu"),
 }
 

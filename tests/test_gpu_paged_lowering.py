@@ -232,8 +232,8 @@ def test_what_is_served_by_name_alone_is_no_default(op, monkeypatch):
 
 
 def test_what_is_not_there_declines_by_name():
-    with pytest.raises(NotImplementedError, match="write_pages has no 'mosaic_tpu'"):
-        dispatch.load("write_pages", "mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="write_compressed_pages has no 'mosaic_tpu'"):
+        dispatch.load("write_compressed_pages", "mosaic_tpu")
 
 
 @pytest.mark.usefixtures("on_hopper")

@@ -24,20 +24,29 @@ def interpreted():
             pltpu.reset_tpu_interpret_mode_state()
 
 
-def chip(generation):
+def chips(generation):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'jax[tpu]'")
     # Read when libtpu is loaded: no machine to ask which TPU it has, and no lock, as nobody has one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(GENERATIONS[generation], platform="tpu").devices[0]
+    return topologies.get_topology_desc(GENERATIONS[generation], platform="tpu").devices
 
 
 def compile_for(generation, fn, *args):
-    """Compile fn for one chip; args are pytrees of ShapeDtypeStruct."""
-    mesh = jax.sharding.Mesh(np.array([chip(generation)]), ("chip",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    """Compile fn, jitted or not, for one chip; args are pytrees of ShapeDtypeStruct."""
+    mesh = jax.sharding.Mesh(np.array(chips(generation)[:1]), ("chip",))
+    return compile_over(mesh, fn, [jax.sharding.PartitionSpec()] * len(args), args)
+
+
+def compile_over(mesh, fn, specs, args):
+    """The same for the chips of a mesh, with a PartitionSpec an argument."""
+
+    def place(spec, arg):
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arg)
+
+    placed = map(place, specs, args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which says what some of Pallas asks the device
-        return jax.jit(fn).lower(*placed).compile()
+        return (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*placed).compile()

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from paxattn.kernels import (
     block_sizes,
+    flash_transforms,
     gpu_flash_bwd,
     gpu_flash_bwd_plan,
     gpu_flash_fwd,
@@ -44,7 +43,7 @@ def flash_attention(
 ) -> tuple[Array, Array]:
     _decline(q, v, q_segment_ids)
     options = Options(left, right, scale, softcap, deterministic, multiprocessors())
-    arrays = (*_reverse_mode(q, k, v, sinks), q_segment_ids, kv_segment_ids)
+    arrays = (*flash_transforms.reverse_mode(q, k, v, sinks), q_segment_ids, kv_segment_ids)
     return attend(options, *online_softmax.vary_like(arrays, *jax.tree.leaves(arrays)))
 
 
@@ -72,34 +71,6 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132
 
 
-FORWARD_MODE = "forward-mode differentiation: 'mosaic_gpu' has a reverse mode alone; implementation=\"xla\" has both"
-SECOND = "second derivatives: 'mosaic_gpu' has first ones alone; implementation=\"xla\" has any"
-
-
-def _refuse(message: str, *_: Any, **__: Any) -> Any:
-    raise NotImplementedError(message)
-
-
-# The identity of a tangent, which is transposed in reverse mode and would be computed in forward mode only.
-_tangent_p = Primitive("reverse_mode_only")
-_tangent_p.def_abstract_eval(lambda x: x)
-_tangent_p.def_impl(partial(_refuse, FORWARD_MODE))
-mlir.register_lowering(_tangent_p, partial(_refuse, FORWARD_MODE))
-ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
-batching.defvectorized(_tangent_p)
-
-
-@jax.custom_jvp
-def _reverse_mode(*arrays: Array | None) -> tuple[Array | None, ...]:
-    """`arrays`, with an error of our own where they are differentiated in forward mode."""
-    return arrays
-
-
-@_reverse_mode.defjvp
-def _reverse_mode_jvp(primals, tangents):
-    return primals, jax.tree.map(_tangent_p.bind, tangents)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
     out, lse = _forward(options, q, k, v, sinks, q_seg, kv_seg)
@@ -116,15 +87,9 @@ def _attend_bwd(options, saved, cotangents):
     do, dlse = cotangents
     # Without the barrier XLA may compute delta from a cotangent that it did not round yet, which the kernel never sees.
     do = lax.optimization_barrier(do)
-    # And one after it, as XLA would fuse the sum into what reorders it, at a third of the speed.
-    sums = lax.optimization_barrier((out.astype(jnp.float32) * do.astype(jnp.float32)).sum(axis=-1))
-    delta = sums.swapaxes(1, 2) - jnp.where(jnp.isneginf(lse), 0.0, dlse)
+    delta = flash_transforms.delta(out, do, lse, dlse)
     dq, dk, dv = _backward(options, q, k, v, do, lse, delta, q_seg, kv_seg)
-    dsinks = None
-    if sinks is not None:
-        weights = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse))
-        dsinks = -(weights * delta).sum(axis=(0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, dsinks, None, None
+    return dq, dk, dv, flash_transforms.dsinks(sinks, lse, delta), None, None
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
@@ -152,7 +117,7 @@ def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
 
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.astype(jnp.float32), (q.shape[0], q.shape[2]))
-    return online_softmax.vary_like(_folding(run)(q, k, v, sinks, q_seg, kv_seg), q, k, v)
+    return online_softmax.vary_like(flash_transforms.folding(run)(q, k, v, sinks, q_seg, kv_seg), q, k, v)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -164,8 +129,7 @@ def _backward(options: Options, q, k, v, do, lse, delta, q_seg, kv_seg):
         plan = (problem, config, options.multiprocessors, options.deterministic)
         return gpu_flash_bwd.backward(*plan, q, k, v, do, stats, q_seg, kv_seg)
 
-    once = jax.custom_jvp(_folding(run))
-    once.defjvp(partial(_refuse, SECOND))
+    once = flash_transforms.once(flash_transforms.folding(run))
     return online_softmax.vary_like(once(q, k, v, do, lse, delta, q_seg, kv_seg), q, k, v, do)
 
 
@@ -176,23 +140,3 @@ def _stats(lse: Array, delta: Array, block_q: int) -> Array:
     lse = jnp.pad(jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E), end, constant_values=jnp.inf)
     blocks = [x.reshape(*x.shape[:2], -1, block_q) for x in (lse, jnp.pad(delta, end))]
     return jnp.stack(blocks, axis=-2)
-
-
-def _folding(run: Any) -> Any:
-    """`run`, under vmap one call over a larger batch."""
-    folded = jax.custom_batching.custom_vmap(run)
-
-    @folded.def_vmap
-    def rule(size, batched, *args):
-        def fold(x, is_batched):
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        if size == 0:
-            one = jax.tree.map(lambda x, b: jnp.zeros(x.shape[1:] if b else x.shape, x.dtype), args, tuple(batched))
-            outs = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), jax.eval_shape(run, *one))
-            return outs, jax.tree.map(lambda _: True, outs)
-        outs = _folding(run)(*jax.tree.map(fold, args, tuple(batched)))
-        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outs), jax.tree.map(lambda _: True, outs)
-
-    return folded

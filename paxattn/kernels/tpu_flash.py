@@ -1,14 +1,22 @@
-"""flash_attention on TPU: what joins the kernel to JAX."""
+"""flash_attention on TPU: what joins the forward and the backward kernel to JAX."""
 
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from paxattn.kernels import online_softmax, tpu_flash_fwd, tpu_flash_fwd_plan, xla_flash
+from paxattn.kernels import (
+    flash_transforms,
+    online_softmax,
+    tpu_flash_bwd,
+    tpu_flash_bwd_plan,
+    tpu_flash_fwd,
+    tpu_flash_fwd_plan,
+)
 from paxattn.kernels.problem import LOG2E, Problem
+from paxattn.kernels.tpu_flash_fwd_plan import LANES
 
 MAX_HEAD_DIM = 256
 
@@ -28,7 +36,7 @@ def flash_attention(
 ) -> tuple[Array, Array]:
     del deterministic  # every sum here has a fixed order
     _decline(q, v, q_segment_ids)
-    arrays = (q, k, v, sinks, q_segment_ids, kv_segment_ids)
+    arrays = (*flash_transforms.reverse_mode(q, k, v, sinks), q_segment_ids, kv_segment_ids)
     return attend(Options(left, right, scale, softcap), *online_softmax.vary_like(arrays, *jax.tree.leaves(arrays)))
 
 
@@ -41,44 +49,83 @@ def _decline(q: Array, v: Array, q_segment_ids: Array | None) -> None:
         raise NotImplementedError(f"q_segment_ids of {q_segment_ids.dtype}: 'mosaic_tpu' serves 32 bits, 'xla' 64, too")
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
     return _forward(options, q, k, v, sinks, q_seg, kv_seg)
 
 
-@attend.defjvp
-def _attend_jvp(options, primals, tangents):
-    """The derivative is the XLA implementation's, which computes its own out and lse: linear in memory."""
-    xla = partial(
-        xla_flash.flash_attention,
-        left=options.left,
-        right=options.right,
-        scale=options.scale,
-        softcap=options.softcap,
-        deterministic=True,
-    )
-    return attend(options, *primals), jax.jvp(xla, primals, tangents)[1]
+def _attend_fwd(options, q, k, v, sinks, q_seg, kv_seg):
+    out, lse = attend(options, q, k, v, sinks, q_seg, kv_seg)
+    return (out, lse), (q, k, v, sinks, q_seg, kv_seg, out, lse)
+
+
+def _attend_bwd(options, saved, cotangents):
+    q, k, v, sinks, q_seg, kv_seg, out, lse = saved
+    do, dlse = cotangents
+    # Without the barrier XLA may compute delta from a cotangent that it did not round yet, which the kernel never sees.
+    do = lax.optimization_barrier(do)
+    delta = flash_transforms.delta(out, do, lse, dlse)
+    dq, dk, dv = _backward(options, q, k, v, do, lse, delta, q_seg, kv_seg)
+    return dq, dk, dv, flash_transforms.dsinks(sinks, lse, delta), None, None
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _problem(options: Options, q, v) -> Problem:
+    batch, q_len, heads, head_dim = q.shape
+    _, kv_len, kv_heads, v_dim = v.shape
+    shape = (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim)
+    return Problem(*shape, options.left, options.right, options.scale, options.softcap)
 
 
 @partial(jax.jit, static_argnums=0)
 @jax.enable_x64(False)
 def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
-    batch, q_len, heads, head_dim = q.shape
-    _, kv_len, kv_heads, v_dim = v.shape
-    shape = (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim)
-    problem = Problem(*shape, options.left, options.right, options.scale, options.softcap)
-    config = tpu_flash_fwd_plan.config_for(problem, q.dtype.itemsize)
-    out, lse = tpu_flash_fwd.forward(
-        problem,
-        config,
-        _whole_lanes(_scaled(problem, q).transpose(0, 2, 1, 3), axis=2),
-        _whole_lanes(k.transpose(0, 2, 1, 3), axis=2),
-        _whole_lanes(v.transpose(0, 2, 3, 1), axis=3),
-        None if sinks is None else sinks.astype(jnp.float32),
-        q_seg,
-        kv_seg,
-    )
-    return out[:, :, :q_len].transpose(0, 2, 1, 3), lse[:, :, :q_len]
+    def run(q, k, v, sinks, q_seg, kv_seg):
+        problem = _problem(options, q, v)
+        config = tpu_flash_fwd_plan.fitted(tpu_flash_fwd_plan.config_for(problem, q.dtype.itemsize), problem)
+        out, lse = tpu_flash_fwd.forward(
+            problem,
+            config,
+            _whole(_scaled(problem, q).transpose(0, 2, 1, 3), axis=2),
+            _whole(k.transpose(0, 2, 1, 3), axis=2),
+            _whole(v.transpose(0, 2, 3, 1), axis=3),
+            sinks,
+            _whole_ids(q_seg, config.block_q),
+            _whole_ids(kv_seg, config.block_kv),
+        )
+        return out[:, :, : problem.q_len].transpose(0, 2, 1, 3), lse[:, :, : problem.q_len]
+
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks.astype(jnp.float32), (q.shape[0], q.shape[2]))
+    return flash_transforms.folding(run)(q, k, v, sinks, q_seg, kv_seg)
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.enable_x64(False)
+def _backward(options: Options, q, k, v, do, lse, delta, q_seg, kv_seg) -> tuple[Array, Array, Array]:
+    def run(q, k, v, do, lse, delta, q_seg, kv_seg):
+        problem = _problem(options, q, v)
+        config = tpu_flash_fwd_plan.fitted(tpu_flash_bwd_plan.config_for(q.dtype.itemsize), problem)
+        heads_first = lambda x: _whole(x.transpose(0, 2, 1, 3), axis=2)
+        lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)  # a probability is exp2(score - lse)
+        dq, dk, dv = tpu_flash_bwd.backward(
+            problem,
+            config,
+            heads_first(_scaled(problem, q)),
+            heads_first(k),
+            heads_first(v),
+            heads_first(do),
+            jnp.stack([_whole(lse, 2, config.block_q, jnp.inf), _whole(delta, 2, config.block_q)], axis=2),
+            _whole_ids(q_seg, config.block_q),
+            _whole_ids(kv_seg, config.block_kv),
+        )
+        dq = (dq[:, :, : problem.q_len] * problem.scale).astype(q.dtype)
+        keys_first = lambda x: x[..., : problem.kv_len].transpose(0, 3, 1, 2)
+        return dq.transpose(0, 2, 1, 3), keys_first(dk), keys_first(dv)
+
+    return flash_transforms.once(flash_transforms.folding(run))(q, k, v, do, lse, delta, q_seg, kv_seg)
 
 
 def _scaled(problem: Problem, q: Array) -> Array:
@@ -87,8 +134,14 @@ def _scaled(problem: Problem, q: Array) -> Array:
     return (q.astype(jnp.float32) * factor).astype(q.dtype)
 
 
-def _whole_lanes(x: Array, axis: int) -> Array:
-    """Zeros up to a length that is `tpu_flash_fwd_plan.padded`."""
+def _whole(x: Array, axis: int, size: int = LANES, value: float = 0.0) -> Array:
+    """Filled up with the value to a length that is a multiple of `size`."""
     padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, tpu_flash_fwd_plan.padded(x.shape[axis]) - x.shape[axis])
-    return jnp.pad(x, padding)
+    padding[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, padding, constant_values=value)
+
+
+def _whole_ids(segments: Array | None, size: int) -> Array | None:
+    if segments is None:
+        return None
+    return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, -segments.shape[1] % size)), mode="edge")

@@ -7,7 +7,7 @@ those alone that some queries see in part.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -54,6 +54,14 @@ class Tile(NamedTuple):
     ahead: int | None  # the position of query q less that of key kv, where windows matter
     keys: int | None  # how many of the keys there are, where not all
 
+    @property
+    def queries_at(self) -> slice:
+        return slice(self.q, self.q_end)
+
+    @property
+    def keys_at(self) -> slice:
+        return slice(self.kv, self.kv_end)
+
 
 Kind = tuple[Tile, ...]
 
@@ -71,15 +79,19 @@ def visits(problem: Problem, config: Config) -> list[Visit]:
     """In the order of the queries; each block of queries has one at least, as somebody must write its output."""
     found = []
     for i in range(tiles.cdiv(problem.q_len, config.block_q)):
-        rows = min(config.block_q, problem.q_len - i * config.block_q)
         row: list[Visit] = []
         for j in range(tiles.cdiv(problem.kv_len, config.block_kv)):
-            keys = min(config.block_kv, problem.kv_len - j * config.block_kv)
-            ahead = i * config.block_q + problem.offset - j * config.block_kv
-            if kind := _kind(problem, config, ahead, rows, keys):
+            if kind := kind_of(problem, config, i, j):
                 row.append(Visit(i, j, kind, not row))
         found += row or [Visit(i, 0, (), True)]
     return found
+
+
+def kind_of(problem: Problem, config: Config, i: int, j: int) -> Kind:
+    """What queries of block i compute with keys of block j."""
+    rows = min(config.block_q, problem.q_len - i * config.block_q)
+    keys = min(config.block_kv, problem.kv_len - j * config.block_kv)
+    return _kind(problem, config, i * config.block_q + problem.offset - j * config.block_kv, rows, keys)
 
 
 @lru_cache(4096)
@@ -126,16 +138,25 @@ def steps(problem: Problem, config: Config) -> tuple[Steps, list[Kind]]:
 def steps_of_segments(problem: Problem, config: Config, q_seg: Array, kv_seg: Array) -> tuple[Steps, Array, list[Kind]]:
     """The steps of blocks that may have a segment in common, how many there are, and the kinds.
 
-    `kind` counts the kinds twice, the second time for two blocks that are not of one segment altogether. The ids are
-    padded to whole blocks.
+    The ids are padded to whole blocks.
     """
     every, kinds = steps(problem, config)
+    meet, kind, kinds = meetings(every, config, kinds, q_seg, kv_seg)
+    taken = (meet | (every.first > 0))[:-1]
+    (index,) = jnp.nonzero(taken, size=taken.size + 1, fill_value=0)
+    return Steps(*(x[index] for x in every._replace(kind=kind))), taken.sum(dtype=jnp.int32), kinds
+
+
+def meetings(
+    every: Any, config: Config, kinds: list[Kind], q_seg: Array, kv_seg: Array
+) -> tuple[Array, Array, list[Kind]]:
+    """Whether the blocks of a step may have a segment in common, and the step's kind.
+
+    `kind` counts the kinds twice, the second time for two blocks that are not of one segment altogether.
+    """
     kinds = [*kinds, ()]
     q_low, q_high = (x[every.batch, every.q_block] for x in tiles.extremes(q_seg, config.block_q))
     kv_low, kv_high = (x[every.batch, every.kv_block] for x in tiles.extremes(kv_seg, config.block_kv))
     meet = (kv_low <= q_high) & (kv_high >= q_low)
     mixed = (q_low != q_high) | (kv_low != kv_high)
-    kind = jnp.where(meet, every.kind + jnp.where(mixed, len(kinds), 0), len(kinds) - 1)
-    taken = (meet | (every.first > 0))[:-1]
-    (index,) = jnp.nonzero(taken, size=taken.size + 1, fill_value=0)
-    return Steps(*(x[index] for x in every._replace(kind=kind))), taken.sum(dtype=jnp.int32), kinds
+    return meet, jnp.where(meet, every.kind + jnp.where(mixed, len(kinds), 0), len(kinds) - 1), kinds

@@ -17,14 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paxattn.kernels import online_softmax
+from paxattn.kernels.problem import LOG2E
 from paxattn.kernels.tpu_paged_plan import LANES, Config, Problem, cut, few_config, gather, many_config, scatter
+from paxattn.kernels.tpu_tiles import NN, NT, VMEM_BYTES, dot, pipeline
 
-LOG2E = 1.4426950408889634
-VMEM_BYTES = 60 * 2**20  # of the 64 MiB that a core of tpu7x has; others have 128
 MOST_ENTRIES = 2**15  # of a row, two of which are in SMEM
+MOST_RESIDENT = 2**16  # entries of a page table that is in SMEM as a whole
+COPIES_AT_ONCE = 8
+COLUMNS = 2048  # of scores, which few queries take in at a time
 NEVER = float(jnp.finfo(jnp.float32).min)  # a maximum that nothing stays below; finite, so that differences are
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
 
 
 def paged_attention(
@@ -39,12 +40,13 @@ def paged_attention(
     problem = Problem(tokens, heads, kv_heads, dim, page_size, rows, width, longest, left, scale, softcap)
     arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
     q, k, v, page_table, kv_lens, cu_q_lens, sinks = online_softmax.vary_like(arrays, *jax.tree.leaves(arrays))
-    table = jnp.pad(page_table, ((0, 0), (0, -width % LANES))).reshape(rows, -1, LANES)
+    if page_table.size > MOST_RESIDENT:
+        page_table = jnp.pad(page_table, ((0, 0), (0, -width % LANES))).reshape(rows, -1, LANES)
     parts = []
     for config in [few_config(problem)] + [many_config(problem)] * (longest > problem.few):
         work = cut(problem, config, kv_lens, cu_q_lens)
         parts.append(
-            (config, work, _attend(problem, config, work, gather(problem, config, work, q), k, v, table, sinks))
+            (config, work, _attend(problem, config, work, gather(problem, config, work, q), k, v, page_table, sinks))
         )
     out, lse = scatter(problem, parts, cu_q_lens)
     exists = jnp.arange(tokens) < cu_q_lens[-1]
@@ -70,6 +72,7 @@ class Refs(NamedTuple):
     position: Any  # [W]
     queries: Any  # [W]
     total: Any  # [1]
+    resident: Any  # [R*M] the page table, where it fits
     # inputs
     q: Any  # [A,Q,D]
     token: Any  # [Q,1] the place of a row of q in its tile, and its head of K
@@ -79,7 +82,7 @@ class Refs(NamedTuple):
     sinks: Any  # [A,Q,1] or None
     k: Any  # [N,P,K,D] in HBM, as v and table
     v: Any  # [N,P,K,D]
-    table: Any  # [R,C,128]
+    table: Any  # [R,C,128], where it is not resident
     # outputs
     out: Any  # [A,Q,D]
     lse: Any  # [A,Q,1]
@@ -89,7 +92,7 @@ class Refs(NamedTuple):
     m: Any  # [A,Q,1] the state of the softmax, in base 2
     l: Any  # [A,Q,1]
     acc: Any  # [A,Q,D]
-    entries: Any  # [2,C,128] lines of the table, in SMEM
+    entries: Any  # [2,C,128] lines of the table, in SMEM, where it is not resident
     turn: Any  # [1] blocks computed, in SMEM
     arrived: Any  # [2] semaphores: pages, by block
     listed: Any  # [2] lines, by tile
@@ -105,16 +108,16 @@ def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tu
     if sinks is not None:
         by_head = sinks.astype(jnp.float32).reshape(heads, 1, problem.group) * LOG2E
         sinks = jnp.broadcast_to(by_head, (heads, config.tile, problem.group)).reshape(sets, queries, 1)
-    plan = work.row, work.position, work.queries, work.total
+    resident = table.ndim == 2
+    plan = work.row, work.position, work.queries, work.total, table.reshape(-1) if resident else jnp.zeros(1, jnp.int32)
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     # Tiles that are not there stay on the last block, which is so copied once.
     spec = lambda size: pl.BlockSpec(
         (None, sets, queries, size),
-        lambda i, row, position, queries, n: (jnp.maximum(jnp.minimum(i, n[0] - 1), 0), 0, 0, 0),
+        lambda i, row, position, queries, n, _: (jnp.maximum(jnp.minimum(i, n[0] - 1), 0), 0, 0, 0),
     )
     state = (sets, queries)
-    lines = table.shape[1]
     shape = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     return pl.pallas_call(
         partial(_kernel, problem, config),
@@ -122,7 +125,7 @@ def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tu
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan),
             grid=(count,),
-            in_specs=(spec(dim), *[whole] * 4, None if sinks is None else whole, hbm, hbm, hbm),
+            in_specs=(spec(dim), *[whole] * 4, None if sinks is None else whole, hbm, hbm, None if resident else hbm),
             out_specs=(spec(dim), spec(1)),
             scratch_shapes=(
                 pltpu.VMEM((2, 2, block, heads, dim), k.dtype),
@@ -130,15 +133,17 @@ def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tu
                 pltpu.VMEM((*state, 1), jnp.float32),
                 pltpu.VMEM((*state, 1), jnp.float32),
                 pltpu.VMEM((*state, dim), jnp.float32),
-                pltpu.SMEM((2, lines, LANES), jnp.int32),
+                None if resident else pltpu.SMEM((2, *table.shape[1:]), jnp.int32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
             ),
         ),
         out_shape=(shape(q.shape, q.dtype), shape((count, *state, 1), jnp.float32)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
-    )(*plan, q, *(x.astype(jnp.int32) for x in labels), sinks, k, v, table)
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+        ),
+    )(*plan, q, *(x.astype(jnp.int32) for x in labels), sinks, k, v, None if resident else table)
 
 
 def _kernel(problem: Problem, config: Config, *refs) -> None:
@@ -168,10 +173,11 @@ class Kernel(NamedTuple):
         @pl.when((i == 0) & (count > 0))
         def _start():
             refs.turn[0] = jnp.int32(0)
-            self._line(0).start()
-            self._line(0).wait()
+            if refs.table is not None:
+                self._line(0).start()
+                self._line(0).wait()
+                pl.when(count > 1)(lambda: self._line(1).start())
             self._copy_pages(jnp.int32(0), 0, 0)
-            pl.when(count > 1)(lambda: self._line(1).start())
 
         @pl.when(i < count)
         def _run():
@@ -186,14 +192,16 @@ class Kernel(NamedTuple):
     def _look_ahead(self, i) -> None:
         """Ask for the next tile's first block, and for the line of the one after, into the place of this one's."""
 
+        streamed = self.refs.table is not None
+
         @pl.when(i + 1 < self.refs.total[0])
         def _next():
-            self._line(i + 1).wait()
+            if streamed:
+                self._line(i + 1).wait()
             self._copy_pages(i + 1, 0)
 
-        @pl.when(i + 2 < self.refs.total[0])
-        def _after_next():
-            self._line(i + 2).start()
+        if streamed:
+            pl.when(i + 2 < self.refs.total[0])(lambda: self._line(i + 2).start())
 
     def _block(self, i, block, ask_for_next) -> None:
         """Take the keys of a block into the state."""
@@ -205,11 +213,11 @@ class Kernel(NamedTuple):
         self.refs.turn[0] += 1
 
     def _slot(self):
-        return lax.rem(self.refs.turn[0], jnp.int32(2))
+        return lax.rem(self.refs.turn[0], 2)
 
     def _span(self, i) -> Span:
         problem, refs = self.problem, self.refs
-        size, pages = jnp.int32(problem.page_size), jnp.int32(self.config.pages)
+        size, pages = problem.page_size, self.config.pages
         end = jnp.clip(refs.position[i] + refs.queries[i], 0, problem.pages_a_row * problem.page_size)
         begin = jnp.zeros_like(end) if problem.left is None else jnp.maximum(refs.position[i] - problem.left, 0)
         first_page, end_page = lax.div(begin, size), lax.div(end + (size - 1), size)
@@ -233,19 +241,38 @@ class Kernel(NamedTuple):
         first, count = self._pages(i, block)
         slot = 1 - self._slot() if slot is None else slot
 
-        @pl.loop(0, count)
-        def _copy(j):
-            at = first + j
-            page = refs.entries[i % 2, at // LANES, at % LANES]
+        def copy(j):
+            page = self._entry(i, first + j)
             for source, kind in ((refs.k, 0), (refs.v, 1)):
                 place = refs.kv.at[slot, kind, pl.ds(j * size, size)]
                 pltpu.make_async_copy(source.at[page], place, refs.arrived.at[slot]).start()
 
+        several = lax.div(count, COPIES_AT_ONCE)
+
+        @pl.loop(0, several)
+        def _copy_several(group):
+            for j in range(COPIES_AT_ONCE):
+                copy(group * COPIES_AT_ONCE + j)
+
+        pl.loop(several * COPIES_AT_ONCE, count)(copy)
+
+    def _entry(self, i, at) -> Array:
+        """Of the page table, of tile i's row."""
+        refs = self.refs
+        if refs.table is None:
+            return refs.resident[refs.row[i] * self.problem.pages_a_row + at]
+        return refs.entries[i % 2, at // LANES, at % LANES]
+
     def _wait_for_pages(self, i, block, slot) -> None:
         refs = self.refs
-        one = refs.kv.at[slot, :, pl.ds(0, self.problem.page_size)]  # a page of keys and one of values
-        wait = pltpu.make_async_copy(one, one, refs.arrived.at[slot]).wait
-        pl.loop(0, self._pages(i, block)[1])(lambda _: wait())
+        count, size = self._pages(i, block)[1], self.problem.page_size
+
+        def wait(pages):
+            some = refs.kv.at[slot, :, pl.ds(0, pages * size)]  # as much of keys as of values
+            pltpu.make_async_copy(some, some, refs.arrived.at[slot]).wait()
+
+        pl.when(count == self.config.pages)(lambda: wait(self.config.pages))
+        pl.when(count < self.config.pages)(lambda: pl.loop(0, count)(lambda _: wait(1)))
 
     def _seen(self, i, block) -> tuple[Array, Array]:
         """From which to which place of a block the tile sees keys."""
@@ -267,30 +294,60 @@ class Kernel(NamedTuple):
 
     def _compute(self, i, block, slot) -> None:
         refs = self.refs
-        start = self._pages(i, block)[0] * self.problem.page_size
-        query = refs.position[i] + refs.token[...] - start
-        seen = refs.key[...] <= query
-        if self.problem.left is not None:
-            seen &= refs.key[...] >= query - self.problem.left
+        position = refs.position[i] - self._pages(i, block)[0] * self.problem.page_size
         kv = refs.kv.at[slot]
         if self.config.joint:
-            seen &= refs.key_head[...] == refs.head[...]
-            flat = (-1, self.problem.head_dim)
-            self._update(0, seen, kv[0].reshape(flat), kv[1].reshape(flat))
+            self._update_jointly(position, kv[0], kv[1])
             return
         refs.apart[0] = kv[0].swapaxes(0, 1)
         refs.apart[1] = kv[1].swapaxes(0, 1)
+        seen = self._in_sight(refs.key[...], position + refs.token[...])
         pl.loop(0, self.problem.kv_heads)(lambda a: self._update(a, seen, refs.apart[0, a], refs.apart[1, a]))
+
+    def _in_sight(self, key, query) -> Array:
+        """Whether a query sees a key, by their places in the block."""
+        seen = key <= query
+        return seen if self.problem.left is None else seen & (key >= query - self.problem.left)
+
+    def _update_jointly(self, position, k, v) -> None:
+        """Take keys and values [S,K,D] into the only state, some at a time: what waits for one overlaps with others."""
+        refs, size = self.refs, max(LANES, COLUMNS // self.problem.kv_heads)
+        q, m, l, acc = (ref[0] for ref in (refs.q, refs.m, refs.l, refs.acc))
+        flat = lambda x, at: x[at : at + size].reshape(-1, self.problem.head_dim)
+
+        def scores(at, _):
+            columns = pl.ds(at * self.problem.kv_heads, min(size, len(k) - at) * self.problem.kv_heads)
+            key, head = refs.key[:, columns], refs.key_head[:, columns]
+            if self.config.tile == 1:  # all rows see the same keys
+                seen = jnp.where(self._in_sight(key, position), head, -1) == refs.head[...]
+            else:
+                seen = self._in_sight(key, position + refs.token[...]) & (head == refs.head[...])
+            return jnp.where(seen, _scaled(self.problem, dot(q, flat(k, at), NT)), -jnp.inf)
+
+        def softmax(_, s):
+            nonlocal m, l
+            old, m = m, jnp.maximum(m, s.max(axis=1, keepdims=True))
+            p, fade = jnp.exp2(s - m), jnp.exp2(old - m)
+            l = l * fade + p.sum(axis=1, keepdims=True)
+            return p.astype(v.dtype), fade
+
+        def accumulate(at, weights):
+            nonlocal acc
+            p, fade = weights
+            acc = acc * fade + dot(p, flat(v, at), NN)
+
+        pipeline(range(0, len(k), size), (scores, softmax, accumulate))
+        refs.m[0], refs.l[0], refs.acc[0] = m, l, acc
 
     def _update(self, a, seen, k, v) -> None:
         """Take keys and values [S,D] into the state of a set; seen [Q,S]."""
         refs = self.refs
-        s = jnp.where(seen, _scaled(self.problem, _dot(refs.q[a], k, NT)), -jnp.inf)
+        s = jnp.where(seen, _scaled(self.problem, dot(refs.q[a], k, NT)), -jnp.inf)
         m = jnp.maximum(refs.m[a], s.max(axis=1, keepdims=True))
         p, fade = jnp.exp2(s - m), jnp.exp2(refs.m[a] - m)
         refs.m[a] = m
         refs.l[a] = refs.l[a] * fade + p.sum(axis=1, keepdims=True)
-        refs.acc[a] = refs.acc[a] * fade + _dot(p.astype(v.dtype), v, NN)
+        refs.acc[a] = refs.acc[a] * fade + dot(p.astype(v.dtype), v, NN)
 
     def _finish(self) -> None:
         """Write what the states have come to; 0 and -inf for queries that saw nothing."""
@@ -304,11 +361,6 @@ class Kernel(NamedTuple):
         weight = jnp.where(seen, fade / jnp.where(seen, l, 1.0), 0.0)
         refs.out[...] = (refs.acc[...] * weight).astype(refs.out.dtype)
         refs.lse[...] = jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf)
-
-
-def _dot(a: Array, b: Array, dims) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _scaled(problem: Problem, s: Array) -> Array:

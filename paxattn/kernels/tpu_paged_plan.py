@@ -17,7 +17,9 @@ LANES = 128
 MOST_JOINT_ROWS = 256
 MOST_ROWS = 1024
 TILE_ELEMENTS = 2**20
-BLOCK = 512
+BLOCK = 512  # tokens of keys that many queries take in at once
+FEW_BLOCK = 1024  # and few
+FEW_ELEMENTS = 2**21  # of such a block's keys, which is four times in VMEM
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,18 @@ class Config:
 
 
 def few_config(problem: Problem) -> Config:
-    return Config(problem.few, _pages(problem), joint=True)
+    most = FEW_ELEMENTS // (problem.kv_heads * problem.head_dim)
+    return Config(problem.few, _pages(problem, max(LANES, min(FEW_BLOCK, most))), joint=True)
 
 
 def many_config(problem: Problem) -> Config:
     most = min(MOST_ROWS // problem.group, TILE_ELEMENTS // (problem.heads * problem.head_dim))
     tile = max(LANES, 1 << most.bit_length() - 1)
-    return Config(min(tile, tiles.cdiv(problem.tokens, LANES) * LANES), _pages(problem), joint=False)
+    return Config(min(tile, tiles.cdiv(problem.tokens, LANES) * LANES), _pages(problem, BLOCK), joint=False)
 
 
-def _pages(problem: Problem) -> int:
-    return max(1, min(BLOCK // problem.page_size, problem.pages_a_row))
+def _pages(problem: Problem, block: int) -> int:
+    return max(1, min(block // problem.page_size, problem.pages_a_row))
 
 
 class Tiles(NamedTuple):

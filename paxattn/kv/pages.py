@@ -89,7 +89,7 @@ def write_pages(
       pages: one layer's.
       k, v: [T,K,D], cast to the pages' dtype or compressed.
       slots: [T] ints, page * P + offset; a negative slot is skipped. No slot stands twice.
-      implementation: None (the best for the platform), "xla" or "mosaic_gpu".
+      implementation: None (the best for the platform), "xla", "mosaic_gpu" or "mosaic_tpu".
 
     Raises:
       ValueError: an argument does not fit; the message names it.
