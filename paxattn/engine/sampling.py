@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,11 @@ class Sampling:
       min_p: only tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024); 0 = all.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    min_p: float = 0.0
+    temperature: Any = 0.0
+    top_k: Any = 0
+    top_p: Any = 1.0
+    seed: Any = 0
+    min_p: Any = 0.0
 
     def checked(self) -> "Sampling":
         """The same with arrays for numbers.
@@ -35,6 +36,17 @@ class Sampling:
         Raises:
           ValueError: a value is out of range; the message names it.
         """
+        numbers = self.checked_numbers()
+        return Sampling(
+            jnp.float32(numbers.temperature),
+            jnp.int32(numbers.top_k),
+            jnp.float32(numbers.top_p),
+            jnp.uint32(numbers.seed),
+            jnp.float32(numbers.min_p),
+        )
+
+    def checked_numbers(self) -> "Sampling":
+        """The same, on the host; raises as `checked`."""
         temperature, top_p, min_p = float(self.temperature), float(self.top_p), float(self.min_p)
         top_k, seed = int(self.top_k), int(self.seed)
         checks.require(0 <= temperature < float("inf"), "temperature", temperature, "finite and at least 0")
@@ -42,13 +54,7 @@ class Sampling:
         checks.require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
         checks.require(0 <= seed < 2**32, "seed", seed, "at least 0 and below 2**32")
         checks.require(0 <= min_p <= 1, "min_p", min_p, "from 0 to 1")
-        return Sampling(
-            jnp.float32(temperature),
-            jnp.int32(top_k),
-            jnp.float32(top_p),
-            jnp.uint32(seed),
-            jnp.float32(min_p),
-        )
+        return Sampling(temperature, top_k, top_p, seed, min_p)
 
 
 def sample(logits: Array, sampling: Sampling, count: Array, streams: Array | None = None) -> Array:
