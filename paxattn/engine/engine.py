@@ -138,7 +138,9 @@ class Engine:
         self._layout = layout
         self._room = edits.Room.of(config.max_seqs, config.max_len)
         self.num_pages = self._num_pages()
-        self._slots = self._create(self.num_pages)
+        # Bound to its device from the start, as what comes back from a swap is: jit tells the two kinds apart.
+        device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self._slots = jax.device_put(self._create(self.num_pages), device)
         index = PrefixIndex(config.page_size) if config.prefix_cache else None
         self._scheduler = Scheduler(
             num_pages=self.num_pages,
