@@ -167,11 +167,9 @@ class Scheduler:
         """
         plan = Plan(dropped=self._dropped, let_go=self._let_go)
         self._dropped, self._let_go = [], []
-        evicted = self._fork(plan, ahead)
-        if not ahead:
-            evicted += self._preempt(plan)
+        evicted = 0 if ahead else self._preempt(plan)
         if not plan.preempted:
-            evicted += self._admit(plan, ahead)
+            evicted += self._fork(plan, ahead) + self._admit(plan, ahead)
         evicted += self._evict(plan, -self._room(ahead + more))
         self._evicted.append(evicted)
         return plan
