@@ -160,10 +160,12 @@ def test_nothing_is_compiled_after_warmup_and_nothing_read_inside_the_loop(tiny,
     assert compiled == []
     assert stats.preempted > 0
     at_rest(served)
-    for shape in config.shapes:
-        program = served._lower(served._slots, shape).compile().as_text()
+    # So many pages that no other array of a step is as large.
+    slots = jax.eval_shape(lambda: served._create(4096))
+    for shape in (config.shapes[0], config.shapes[-1]):
+        program = served._lower(slots, shape).compile().as_text()
         assert host_operations(program) == []
-        assert page_copies(program, served._slots.kv.layers[0].k.size) == []
+        assert page_copies(program, slots.kv.layers[0].k.size) == []
 
 
 def at_rest_without_reading(engine):
@@ -350,7 +352,7 @@ def test_generate_leaves_the_updates_of_others_to_step(engine, alone, rng):
         (dict(stop_strings=[""]), "stop_strings"),
         (dict(logit_bias={-1: 1.0}), "logit_bias"),
         (dict(logit_bias={1: float("nan")}), "logit_bias"),
-        (dict(logit_bias={i: 1.0 for i in range(17)}), "logit_bias"),
+        (dict(logit_bias=dict.fromkeys(range(17), 1.0)), "logit_bias"),
         (dict(repetition_penalty=0.0), "repetition_penalty"),
         (dict(presence_penalty=float("inf")), "presence_penalty"),
         (dict(frequency_penalty="much"), "frequency_penalty"),
@@ -363,20 +365,20 @@ def test_generate_leaves_the_updates_of_others_to_step(engine, alone, rng):
 def test_a_bad_value_is_named_and_nothing_runs(engine, change, name):
     served = engine()
     with pytest.raises(InvalidParamsError, match=f"^{name}: got"):
-        served.generate([[1, 2], [3]], [GenerationParams(), GenerationParams(**dict(max_new_tokens=8) | change)])
+        served.generate([[1, 2], [3]], [GenerationParams(9), GenerationParams(**dict(max_new_tokens=8) | change)])
     at_rest(served)
     assert served.stats().waiting == 0
 
 
 @pytest.mark.parametrize("prompt", [[], [-1], [1.5], [[1]], [2**31], "text"], ids=str)
 def test_what_is_no_prompt_is_refused(engine, prompt):
-    with pytest.raises(ValueError, match="^prompt: got"):
+    with pytest.raises(ValueError, match=r"^prompt: got"):
         engine().add_request(prompt)
 
 
 def test_stop_strings_need_a_way_to_make_text(tiny):
     served = Engine(*tiny, EngineConfig(**SIZES))
-    with pytest.raises(InvalidParamsError, match="^stop_strings: got .* empty without detokenize"):
+    with pytest.raises(InvalidParamsError, match=r"^stop_strings: got .* empty without detokenize"):
         served.add_request([1], GenerationParams(stop_strings=["x"]))
 
 
@@ -398,7 +400,7 @@ def test_a_model_tells_what_it_keeps(tiny):
     assert (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype) == (2, 2, 16, jnp.float32)
     assert layout.window is None
     assert layout.page_bytes(4, jnp.float32) == 2 * 2 * 4 * 2 * 16 * 4
-    assert layout.page_bytes(4, "int8") == 2 * (2 * 4 * 2 * 16 + 2 * 4 * 2 * 2 * 2)
+    assert layout.page_bytes(4, "int8") == 2 * 4 * 2 * (16 + 16 + 2 + 2)
 
 
 def test_auto_takes_what_the_memory_has_room_for(monkeypatch, tiny):
@@ -410,7 +412,7 @@ def test_auto_takes_what_the_memory_has_room_for(monkeypatch, tiny):
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     assert memory.room_for_pages(50, 0.9, lambda: 200) == 8
-    with pytest.raises(ValueError, match="^num_pages: got 'auto'"):
+    with pytest.raises(ValueError, match=r"^num_pages: got 'auto'"):
         memory.room_for_pages(50, 0.5, lambda: 200)
 
 
@@ -449,7 +451,9 @@ def test_who_leaves_a_stream_cancels_it(engine, alone, rng):
         await stream.aclose()
 
     async def read():
-        return [i async for update in served.stream(prompts[1], GenerationParams(max_new_tokens=20)) for i in update.ids]
+        return [
+            i async for update in served.stream(prompts[1], GenerationParams(max_new_tokens=20)) for i in update.ids
+        ]
 
     async def both():
         return await asyncio.gather(leave(), read())

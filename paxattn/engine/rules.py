@@ -1,6 +1,6 @@
 """What each row of an engine asks of its tokens, as arrays: how logits are changed before a token is drawn."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -63,6 +63,30 @@ class Rules:
             frequency=jnp.zeros(rows),
             logprobs=jnp.zeros(rows, bool),
         )
+
+    def of_running(self, running: Array) -> "Rules":
+        """With rows that do not run asking for nothing, so that they cost nothing."""
+
+        def keep(x: Array, nothing: Any) -> Array:
+            return jnp.where(running.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.asarray(nothing, x.dtype))
+
+        sampling = self.sampling
+        quiet = Sampling(keep(sampling.temperature, 0), sampling.top_k, sampling.top_p, sampling.seed, sampling.min_p)
+        return replace(
+            self,
+            sampling=quiet,
+            least=keep(self.least, 0),
+            bias_ids=keep(self.bias_ids, -1),
+            repetition=keep(self.repetition, 1),
+            presence=keep(self.presence, 0),
+            frequency=keep(self.frequency, 0),
+            logprobs=keep(self.logprobs, False),
+        )
+
+    def plain(self, known: Array) -> Array:
+        """bool [], whether every row wants the likeliest token of the logits as they are, and nothing told of them."""
+        special = (self.sampling.temperature > 0) | self.penalized | self.logprobs | (known < self.least)
+        return ~(jnp.any(special) | jnp.any(self.bias_ids >= 0))
 
     @property
     def penalized(self) -> Array:

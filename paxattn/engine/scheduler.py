@@ -135,6 +135,10 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raise TooLongError for a request that could never run."""
+        if request.max_new_tokens >= self.max_len:
+            raise TooLongError(
+                f"max_new_tokens: got {request.max_new_tokens}, must be below {self.max_len}, what a row holds"
+            )
         if request.most >= self.max_len:
             raise TooLongError(
                 f"prompt: got {len(request.prompt)} tokens, must be at most {self.max_len - request.max_new_tokens} "

@@ -277,12 +277,26 @@ def _draw(model, params, slots: Slots, hidden: Array, shape: Shape) -> tuple[Arr
     """Tokens i32 [R,W] from hidden states [R,W,E], and their log-probabilities."""
     rows, width, _ = hidden.shape
     logits = model.logits(params, hidden.reshape(rows * width, -1))
-    rules, tokens, known = slots.rules, slots.tokens, slots.known
+    rules, tokens, known = slots.rules.of_running(slots.running), slots.tokens, slots.known
     if width > 1:
         rules, tokens, known = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), (rules, tokens, known))
         known = known + jnp.tile(jnp.arange(width), rows)
-    drawn = sample(rules.apply(logits, tokens, known), rules.sampling, known - rules.prompt, rules.stream)
-    chosen, ids, best = log_probabilities(logits, drawn, rules.logprobs, shape.top)
+
+    def by_rules(logits: Array) -> tuple[Array, ...]:
+        drawn = sample(rules.apply(logits, tokens, known), rules.sampling, known - rules.prompt, rules.stream)
+        return drawn, *log_probabilities(logits, drawn, rules.logprobs, shape.top)
+
+    def greedy(logits: Array) -> tuple[Array, ...]:
+        nothing = jnp.zeros((len(logits), shape.top))
+        return (
+            jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            jnp.zeros(len(logits)),
+            nothing.astype(jnp.int32),
+            nothing,
+        )
+
+    # One branch for all that most steps do without: nothing as large as the logits leaves it.
+    drawn, chosen, ids, best = lax.cond(rules.plain(known), greedy, by_rules, logits)
     by_row = rows, width
     told = chosen.reshape(by_row), ids.reshape(*by_row, shape.top), best.reshape(*by_row, shape.top)
     return drawn.reshape(by_row), told
