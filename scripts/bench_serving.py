@@ -111,7 +111,7 @@ def new_engine(model: Any, params: Any, work: Workload, options: argparse.Namesp
 def measure(model: Any, params: Any, work: Workload, options: argparse.Namespace, rates: Any) -> list[Result]:
     start = time.perf_counter()
     engine = new_engine(model, params, work, options)
-    with bar(f"{work.name}: compiling") as said:
+    with Bar(f"{work.name}: compiling") as said:
         engine.warmup(said)
     say(f"{work.name}: {engine.num_pages} pages; compiled in {time.perf_counter() - start:.1f} s")
     engine.generate([[1] * 8], paxattn.GenerationParams(max_new_tokens=1))
@@ -120,7 +120,7 @@ def measure(model: Any, params: Any, work: Workload, options: argparse.Namespace
     vocab = model.config.vocab_size
 
     def run(work: Workload) -> Result:
-        with bar(work.name) as said:
+        with Bar(work.name) as said:
             done = serve(engine, work, vocab, options.seed, said)
         return Result(work, {OURS: done}, least(work))
 
@@ -139,7 +139,7 @@ def least_seconds(engine: Any, config: Config, params: Any, rates: Any, options:
     return roofline.seconds(work, config, engine.config.max_seqs, weight_bytes, token_bytes, rates)
 
 
-class bar:
+class Bar:
     """A progress bar on stderr; its value is what to call with (done, total)."""
 
     def __init__(self, title: str):
