@@ -75,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--num-pages", type=int, help="default: what the memory has room for")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--prefill-tokens", type=int, default=2048, help="of prompts in a step (%(default)s)")
-    parser.add_argument("--decode-steps", type=int, default=32, help="of a loop (%(default)s)")
+    parser.add_argument("--decode-steps", type=int, default=16, help="of a loop (%(default)s)")
     parser.add_argument("--draft-tokens", type=int, default=0)
     parser.add_argument("--preemption", choices=("recompute", "swap"), default="recompute")
     parser.add_argument("--no-peers", action="store_true")
@@ -223,7 +223,7 @@ def draw(results: list[Result], path: Path) -> None:
     left.tick_params(axis="y", labelsize=7)
     left.set(xlabel="output tokens/s")
     run = results[-1].runs[OURS]
-    at, used, cached, running = np.array(run.memory).T
+    at, used, cached, running, _ = np.array(run.memory).T
     right.stackplot(at, used, cached, labels=("pages of running requests", "kept for prefixes"), alpha=0.8)
     right.axhline(run.about["num_pages"], color="black", linewidth=1, linestyle="--", label="all pages")
     right.set(xlabel="seconds", ylabel="pages", title=results[-1].work.name)

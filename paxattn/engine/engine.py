@@ -59,7 +59,7 @@ class EngineConfig:
     num_pages: int | Literal["auto"] = "auto"
     memory_fraction: float = 0.9
     prefill_tokens: int = 2048
-    decode_steps: int = 32
+    decode_steps: int = 16
     kv_dtype: Any = None
     implementation: str | None = None
     prefix_cache: bool = True
@@ -496,6 +496,7 @@ class Engine:
             self._told,
             num_free=int(news.num_free),
             num_shared=int(news.num_shared),
+            stored=int(news.lens.sum()),
             steps=self._told.steps + int(news.steps),
             tokens=self._told.tokens + int((news.tokens >= 0).sum()),
             seconds=self._told.seconds + now - max(flight.start, self._told.last),

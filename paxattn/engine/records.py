@@ -40,6 +40,7 @@ class Stats:
 
     Fields:
       num_pages, num_free, num_cached, num_shared: pages in all, free, kept for prefixes alone, of several owners.
+      stored: tokens in pages of running requests; a page that two share holds its tokens twice here.
       running, waiting: requests now; those that gave way wait.
       preempted: how often a request gave way.
       tokens, steps, seconds: drawn and taken since the engine was made, and the time that loops took.
@@ -51,6 +52,7 @@ class Stats:
     num_free: int
     num_cached: int = 0
     num_shared: int = 0
+    stored: int = 0
     running: int = 0
     waiting: int = 0
     preempted: int = 0

@@ -111,7 +111,7 @@ def _keep_likely(logits: Array, sampling: Sampling) -> Array:
 
 def _as_ordered(x: Array) -> Array:
     """float32 as uint32 of the same order; the two zeros are one."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

@@ -77,7 +77,7 @@ class Shape(NamedTuple):
     """What is static of a program.
 
     Fields:
-      prefill: tokens of prompts in a step, besides those of decode; 0 = a program for decode.
+      prefill: tokens of prompts in a step, besides a place for each that a row may draw; 0 = a program for decode.
       steps: most steps of a loop.
       drafts: D, most tokens guessed and verified at once.
       ngram: see `look_up`.
@@ -201,10 +201,9 @@ def step(model: Model, params: Any, slots: Slots, shape: Shape) -> tuple[Slots, 
     """Feed what fits of the known tokens, draw where all are fed, end rows and give back their pages."""
     rows, width = len(slots.known), shape.width
     slots, drafts, guessed = _guess(slots, shape)
-    q_lens = _shares(slots, shape) + guessed
-    kv, ok = slots.kv.extend(
-        q_lens, num_tokens=rows * width + shape.prefill, max_q_len=None if shape.prefill else width
-    )
+    room = rows * width + shape.prefill
+    q_lens = guessed + _shares(slots, shape, room - jnp.sum(guessed, dtype=jnp.int32))
+    kv, ok = slots.kv.extend(q_lens, num_tokens=room, max_q_len=None if shape.prefill else width)
     batch: Batch = kv.batch  # type: ignore[assignment]
     hidden, kv = model(params, slots.tokens[batch.rows, batch.positions], batch.positions, kv)
     kv = kv.end_step()
@@ -259,8 +258,8 @@ def _guess(slots: Slots, shape: Shape) -> tuple[Slots, Array, Array]:
     return replace(slots, tokens=tokens), drafts, count
 
 
-def _shares(slots: Slots, shape: Shape) -> Array:
-    """i32 [R]: how many known tokens each row is fed: decode always, prompts in their order as far as that goes."""
+def _shares(slots: Slots, shape: Shape, room: Array) -> Array:
+    """i32 [R]: how many known tokens each row is fed: decode always, prompts in their order as far as room goes."""
     lacking = slots.lacking
     small = jnp.minimum(lacking, shape.width)
     if not shape.prefill:
@@ -269,7 +268,7 @@ def _shares(slots: Slots, shape: Shape) -> Array:
     order = jnp.argsort(jnp.where(decode, jnp.iinfo(jnp.int32).max, slots.order))
     wanted = jnp.where(decode, 0, lacking)[order]
     before = jnp.cumsum(wanted, dtype=jnp.int32) - wanted
-    share = jnp.clip(shape.prefill - before, 0, wanted)
+    share = jnp.clip(room - jnp.sum(decode & (lacking > 0), dtype=jnp.int32) - before, 0, wanted)
     return jnp.where(decode, lacking, jnp.zeros_like(lacking).at[order].set(share))
 
 

@@ -92,7 +92,10 @@ def _continuous(transformers: Any, model: Any, prompts: list[list[int]], counts:
     how = transformers.GenerationConfig(
         do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=int(counts.max())
     )
-    with model.continuous_batching_context_manager(generation_config=how) as manager:
+    # On a GPU it sizes its cache by the memory; on a CPU that would be all there is.
+    sizes = {} if model.device.type == "cuda" else dict(num_blocks=256, max_batch_tokens=256)
+    config = transformers.ContinuousBatchingConfig(**sizes)
+    with model.continuous_batching_context_manager(generation_config=how, continuous_batching_config=config) as manager:
         start = time.perf_counter()
         for prompt, count in zip(prompts, counts.tolist(), strict=True):
             manager.add_request(prompt, max_new_tokens=count)

@@ -71,11 +71,15 @@ def serve(engine: Engine, work: Workload, vocab_size: int, seed: int, said: Call
             last[update.id] = now
             done += update.reason is not None
         told = engine.stats()
-        run.memory.append((now, told.num_pages - told.num_free - told.num_cached, told.num_cached, told.running))
+        run.memory.append(
+            (now, told.num_pages - told.num_free - told.num_cached, told.num_cached, told.running, told.stored)
+        )
         said(done, len(work))
     run.seconds = time.perf_counter() - start
     engine.drain()
     run.about = about(engine, before)
+    _, used, _, _, stored = np.array(run.memory).T
+    run.about["page_waste"] = 1 - float(stored.sum() / (used.sum() * engine.config.page_size))
     return run
 
 
