@@ -23,7 +23,6 @@ from paxattn.engine.params import GenerationParams, check_prompt
 from paxattn.engine.records import Job, Stats, TokenLogprob, Update, tell
 from paxattn.engine.scheduler import Plan, Request, Scheduler
 from paxattn.engine.slots import REASONS, RUNNING, News, Shape, Slots, run
-from paxattn.engine.streaming import Pump
 from paxattn.kv.prefix import PrefixIndex
 from paxattn.kv.stores import PagedKV
 from paxattn.kv.swap import swap_in, swap_out
@@ -156,7 +155,7 @@ class Engine:
         self._unclaimed: list[Update] = []
         self._next_id = 0
         self._settle = False
-        self._pump: Pump | None = None
+        self._pump: Any = None
         self._told = Stats(num_pages=self.num_pages, num_free=self.num_pages)
         self._idle_since: float | None = None
 
@@ -287,6 +286,9 @@ class Engine:
 
         Any number of streams may run in one event loop; `step` must not be called besides.
         """
+        # Here, as asyncio would make up a quarter of what importing the library takes.
+        from paxattn.engine.streaming import Pump
+
         if self._pump is None or not self._pump.here:
             self._pump = Pump(self)
         return self._pump.stream(prompt, params)
