@@ -1,7 +1,10 @@
 """The serving loop on a tiny decoder: whatever else runs, a request gets the tokens that it gets alone."""
 
 import asyncio
+import importlib
 import random
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,10 @@ import pytest
 from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_gpu_lowering import module_for_cuda
 
 import paxattn
+from models import decoder
 from paxattn import (
     Engine,
     EngineConfig,
@@ -22,9 +27,10 @@ from paxattn import (
     TooLongError,
     Uncached,
     UnknownRequestError,
+    dispatch,
     generate,
 )
-from paxattn.engine import memory
+from paxattn.engine import memory, slots
 from scripts.profile_decode import host_operations, page_copies
 
 SIZES = dict(max_seqs=4, max_len=96, page_size=4, num_pages=30, prefill_tokens=16, decode_steps=6)
@@ -161,11 +167,24 @@ def test_nothing_is_compiled_after_warmup_and_nothing_read_inside_the_loop(tiny,
     assert stats.preempted > 0
     at_rest(served)
     # So many pages that no other array of a step is as large.
-    slots = jax.eval_shape(lambda: served._create(4096))
+    large = jax.eval_shape(lambda: served._create(4096))
     for shape in (config.shapes[0], config.shapes[-1]):
-        program = served._lower(slots, shape).compile().as_text()
+        program = served._lower(large, shape).compile().as_text()
         assert host_operations(program) == []
-        assert page_copies(program, slots.kv.layers[0].k.size) == []
+        assert page_copies(program, large.kv.layers[0].k.size) == []
+
+
+def test_the_loop_lowers_for_a_gpu(monkeypatch):
+    """With the Hopper kernels by name: as far as a machine without a GPU can tell."""
+    kernels = importlib.import_module(dispatch.MODULES["paged_attention"]["mosaic_gpu"])
+    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
+    model, params = decoder.random(replace(TINY, num_layers=1, head_dim=64), dtype=jnp.bfloat16)
+    config = EngineConfig(max_seqs=4, max_len=64, num_pages=16, prefill_tokens=128, implementation="mosaic_gpu")
+    served = Engine(model, params, config)
+    for shape in config.shapes:
+        run = partial(slots.run, model, shape=shape, limit=jnp.int32(3), idle=jnp.int32(1))
+        module = module_for_cuda(lambda params, state, run=run: run(params, state), params, served._slots)
+        assert "custom_call @mosaic_gpu" in module
 
 
 def at_rest_without_reading(engine):

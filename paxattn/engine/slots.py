@@ -17,6 +17,7 @@ from paxattn.engine.drafts import look_up
 from paxattn.engine.generate import Model
 from paxattn.engine.rules import Rules, log_probabilities
 from paxattn.engine.sampling import sample
+from paxattn.kv.page_table import PageTable
 from paxattn.kv.stores import Batch, PagedKV
 
 IDLE, RUNNING, STOP, LENGTH = range(4)
@@ -228,13 +229,22 @@ def step(model: Model, params: Any, slots: Slots, shape: Shape) -> tuple[Slots, 
     if shape.cached:
         full = kv.lens // kv.table.page_size
         begun, ended = jnp.where(fed & slots.fresh & ~ends, full, 0), jnp.where(ends, full, 0)
-        column = jnp.arange(kv.page_table.shape[1])[None, :]
-        offered = jnp.where(column < (begun + ended)[:, None], kv.page_table, -1)
-        kv = kv.hold(offered.reshape(-1))
-    kv = kv.release(ends)
+    kv = replace(kv, table=_settle(kv.table, begun + ended, ends))
     slots = replace(slots, kv=kv, tokens=tokens, known=known, state=state, fresh=slots.fresh & ~fed)
     stalled = jnp.any((q_lens > 0) & ~ok)
     return slots, Drawn(jnp.where(taken, drawn, -1), *told, stalled, begun, ended)
+
+
+def _settle(table: PageTable, offered: Array, ends: Array) -> PageTable:
+    """Hold the first offered[r] pages of each row for the prefix index, then release the rows that end."""
+
+    def change(table: PageTable) -> PageTable:
+        column = jnp.arange(table.page_table.shape[1])[None, :]
+        pages = jnp.where(column < offered[:, None], table.page_table, -1)
+        return table.hold(pages.reshape(-1)).release(ends)
+
+    # Most steps end no row, and to find that out is all that they pay.
+    return lax.cond(jnp.any(ends) | jnp.any(offered > 0), change, lambda table: table, table)
 
 
 def _guess(slots: Slots, shape: Shape) -> tuple[Slots, Array, Array]:
