@@ -1,7 +1,8 @@
 """FlashAttention, PagedAttention and a functional paged KV store for JAX."""
 
 from paxattn.engine.beam import Beam, beam_search
-from paxattn.engine.engine import Engine, EngineConfig, UnknownRequestError
+from paxattn.engine.config import EngineConfig
+from paxattn.engine.engine import Engine, UnknownRequestError
 from paxattn.engine.generate import Generation, State, generate, prefill, step, stream, warmup
 from paxattn.engine.params import GenerationParams, InvalidParamsError
 from paxattn.engine.records import Stats, TokenLogprob, Update

@@ -231,7 +231,7 @@ def draw(results: list[Result], path: Path) -> None:
     right.plot([], [], color="black", linewidth=0.8, label="requests running (right)")
     other.plot(at, running, color="black", linewidth=0.8)
     other.set_ylim(bottom=0)
-    right.legend(fontsize=7, loc="lower center")
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
     figure.suptitle(machine()["device"])
     figure.savefig(path, dpi=110)
 

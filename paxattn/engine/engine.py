@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ import numpy as np
 
 from paxattn import checks
 from paxattn.engine import edits, memory
+from paxattn.engine.config import EngineConfig
 from paxattn.engine.generate import Generation, Model
+from paxattn.engine.meter import Meter
 from paxattn.engine.params import GenerationParams, check_prompt
 from paxattn.engine.records import Job, Stats, TokenLogprob, Update, tell
 from paxattn.engine.scheduler import Plan, Request, Scheduler
@@ -28,73 +30,6 @@ from paxattn.kv.stores import PagedKV
 from paxattn.kv.swap import swap_in, swap_out
 
 PREFILL_STEPS = 4  # of a loop: a host that takes longer for a plan than a small model for a step still keeps up
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How much of what an engine has.
-
-    Fields:
-      max_seqs: R, requests that run at once.
-      max_len: most tokens of a request, prompt and output together.
-      page_size: P
-      num_pages: N, or "auto": what fits the memory that weights and programs leave.
-      memory_fraction: of the device's memory, for "auto".
-      prefill_tokens: most tokens of prompts in a step, besides one of each row that draws.
-      decode_steps: most steps before the host looks at what was drawn.
-      kv_dtype: of the pages; None = as the model's keys.
-      implementation: of paged_attention.
-      prefix_cache: find full pages of earlier requests again; never where all layers have windows.
-      preemption: a request that gives way computes its tokens again, or has its pages swapped to host memory.
-      patience: by how many arrivals a unit of priority goes ahead.
-      draft_tokens: most tokens guessed from a row's own text and verified at once; 0 = none.
-      ngram: how many tokens must stand there already for a guess.
-      max_stop_ids, max_logit_bias, max_logprobs: room for them in each request.
-    """
-
-    max_seqs: int = 64
-    max_len: int = 2048
-    page_size: int = 16
-    num_pages: int | Literal["auto"] = "auto"
-    memory_fraction: float = 0.9
-    prefill_tokens: int = 2048
-    decode_steps: int = 16
-    kv_dtype: Any = None
-    implementation: str | None = None
-    prefix_cache: bool = True
-    preemption: Literal["recompute", "swap"] = "recompute"
-    patience: int = 256
-    draft_tokens: int = 0
-    ngram: int = 3
-    max_stop_ids: int = 8
-    max_logit_bias: int = 16
-    max_logprobs: int = 0
-
-    def check(self) -> None:
-        """Raise a ValueError that names what is out of range."""
-        sizes = ("max_seqs", "max_len", "page_size", "prefill_tokens", "decode_steps", "patience", "ngram")
-        for name in (*sizes, "max_stop_ids", "max_logit_bias"):
-            checks.check_positive_int(name, getattr(self, name))
-        for name in ("draft_tokens", "max_logprobs"):
-            value = getattr(self, name)
-            checks.require(checks.is_int(value) and value >= 0, name, repr(value), "an int of at least 0")
-        if self.num_pages != "auto":
-            checks.check_positive_int("num_pages", self.num_pages)
-        fraction = checks.static_float("memory_fraction", self.memory_fraction)
-        checks.require(0 < fraction <= 1, "memory_fraction", fraction, "above 0 and at most 1")
-        known = self.preemption in ("recompute", "swap")
-        checks.require(known, "preemption", repr(self.preemption), "'recompute' or 'swap'")
-
-    @property
-    def shapes(self) -> tuple[Shape, ...]:
-        """The programs: one for decode, then those of more and more tokens of prompts."""
-        sizes = [self.prefill_tokens]
-        while sizes[0] >= 256 and len(sizes) < 3:
-            sizes.insert(0, sizes[0] // 4)
-        return tuple(self._shape(size) for size in (0, *sizes))
-
-    def _shape(self, prefill: int) -> Shape:
-        return Shape(prefill, self.decode_steps, self.draft_tokens, self.ngram, self.max_logprobs, self.prefix_cache)
 
 
 @dataclass(frozen=True)
@@ -156,8 +91,7 @@ class Engine:
         self._next_id = 0
         self._settle = False
         self._pump: Any = None
-        self._told = Stats(num_pages=self.num_pages, num_free=self.num_pages)
-        self._idle_since: float | None = None
+        self._meter = Meter(self.num_pages)
 
     @property
     def busy(self) -> bool:
@@ -302,7 +236,7 @@ class Engine:
         """As last told by the device, and since the engine was made."""
         scheduler = self._scheduler
         return replace(
-            self._told,
+            self._meter.stats,
             num_cached=scheduler.cached,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -357,7 +291,7 @@ class Engine:
         running = dict(self._scheduler.running)
         shape, steps, fed = self._choose(running)
         idle = self.config.max_seqs - (len(running) if self._scheduler.waiting else 0)
-        self._note_launch()
+        self._meter.launch(not all(flight.news.steps.is_ready() for flight in self._flights))
         self._slots, news = run(self.model, self.params, self._slots, shape, np.int32(steps), np.int32(idle))
         for x in jax.tree.leaves(news):
             x.copy_to_host_async()
@@ -423,11 +357,14 @@ class Engine:
         updates: list[Update] = []
         while len(self._flights) > keep:
             flight = self._flights.popleft()
+            waited = not flight.news.steps.is_ready()
             news = jax.device_get(flight.news)
-            self._note_landing(flight, news)
+            self._meter.land(flight.start, waited, news)
             self._scheduler.report(int(news.num_free))
             self._settle = bool(news.stalled)
             updates += self._digest(flight, news)
+        if not self._flights and not self._scheduler.busy:
+            self._meter.rest()
         return updates
 
     def _digest(self, flight: _Flight, news: News) -> list[Update]:
@@ -480,30 +417,6 @@ class Engine:
         number = request.options.id
         if all(one.ended is not None for one in self._live.get(number, ())):
             self._live.pop(number, None)
-
-    def _note_launch(self) -> None:
-        """Count the time for which the device surely had nothing to do, and perhaps some more."""
-        now = time.perf_counter()
-        if self._flights and all(flight.news.steps.is_ready() for flight in self._flights):
-            self._idle_since = self._idle_since or self._flights[-1].start
-        if self._idle_since is not None:
-            self._told = replace(self._told, host_gap=self._told.host_gap + now - self._idle_since)
-        self._idle_since = None
-
-    def _note_landing(self, flight: _Flight, news: News) -> None:
-        now = time.perf_counter()
-        if not self._flights and self._scheduler.busy:
-            self._idle_since = now
-        self._told = replace(
-            self._told,
-            num_free=int(news.num_free),
-            num_shared=int(news.num_shared),
-            stored=int(news.lens.sum()),
-            steps=self._told.steps + int(news.steps),
-            tokens=self._told.tokens + int((news.tokens >= 0).sum()),
-            seconds=self._told.seconds + now - max(flight.start, self._told.last),
-            last=now,
-        )
 
     def _rehearse_swapping(self) -> None:
         """Swap an empty row of each size out and in, as that compiles what it takes."""
