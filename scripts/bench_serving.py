@@ -216,7 +216,7 @@ def draw(results: list[Result], path: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1, 2))
     bars = [(f"{one.work.name}\n{name}", run.rate) for one in results for name, run in one.runs.items()]
     left.barh(*zip(*bars, strict=True))
     left.invert_yaxis()
