@@ -146,7 +146,15 @@ def test_two_hundred_requests_in_a_tenth_of_the_pages(tiny, alone, rng, preempti
 def test_nothing_is_compiled_after_warmup_and_nothing_read_inside_the_loop(tiny, compilations, rng):
     """A swapping engine, which has the most programs, under pressure; other sizes than any other test's."""
     config = EngineConfig(
-        max_seqs=3, max_len=48, page_size=4, num_pages=17, prefill_tokens=256, decode_steps=5, preemption="swap"
+        max_seqs=3,
+        max_len=48,
+        page_size=4,
+        num_pages=17,
+        prefill_tokens=256,
+        decode_steps=5,
+        preemption="swap",
+        draft_tokens=2,
+        ngram=1,
     )
     served = Engine(*tiny, config)
     ready = []

@@ -71,4 +71,5 @@ class EngineConfig:
         return tuple(self._shape(size) for size in (0, *sizes))
 
     def _shape(self, prefill: int) -> Shape:
-        return Shape(prefill, self.decode_steps, self.draft_tokens, self.ngram, self.max_logprobs, self.prefix_cache)
+        drafts = 0 if prefill else self.draft_tokens
+        return Shape(prefill, self.decode_steps, drafts, self.ngram, self.max_logprobs, self.prefix_cache)

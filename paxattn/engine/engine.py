@@ -168,6 +168,7 @@ class Engine:
         updates, self._unclaimed = self._unclaimed, []
         if self._settle:
             updates += self._collect(0)
+            self._settle = False
         if self._scheduler.busy:
             self._launch()
             return updates + self._collect(1)

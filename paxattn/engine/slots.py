@@ -5,6 +5,7 @@ lacks, and draws another where none is lacking any more. So a chunk of a prompt,
 verified are the same thing, and rows of all kinds mix in one step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -172,10 +173,10 @@ def run(model: Model, params: Any, slots: Slots, shape: Shape, limit: Array, idl
         fits = prompts if shape.prefill else ~prompts
         return (at < limit) & jnp.any(lacking > 0) & ((at == 0) | (fits & ~waits & ~room & ~log.stalled))
 
-    def body(carry):
+    def advance(shape, carry):
         at, slots, log = carry
         slots, new = step(model, params, slots, shape)
-        put = {name: getattr(log, name).at[at].set(getattr(new, name)) for name in Drawn._fields[:4]}
+        put = {name: getattr(log, name).at[at, :, : shape.width].set(getattr(new, name)) for name in Drawn._fields[:4]}
         log = log._replace(
             **put,
             stalled=new.stalled,
@@ -183,6 +184,13 @@ def run(model: Model, params: Any, slots: Slots, shape: Shape, limit: Array, idl
             ended=jnp.maximum(log.ended, new.ended),
         )
         return at + 1, slots, log
+
+    def body(carry):
+        if not shape.drafts:
+            return advance(shape, carry)
+        wide = jnp.any(_guess(carry[1], shape)[2] > 0) | jnp.any(carry[1].lacking > 1)
+        carry = _once(~wide, partial(advance, shape._replace(drafts=0)), carry)
+        return _once(wide, partial(advance, shape), carry)
 
     steps, slots, log = lax.while_loop(goes_on, body, (jnp.int32(0), slots, nothing))
     table = slots.kv.table
@@ -196,6 +204,11 @@ def run(model: Model, params: Any, slots: Slots, shape: Shape, limit: Array, idl
         pages=jnp.copy(table.page_table) if shape.cached else jnp.zeros((rows, 0), jnp.int32),
     )
     return slots, news
+
+
+def _once(wanted: Array, f: Callable[[Any], Any], carry: Any) -> Any:
+    """f(carry) where it is wanted, else carry: a loop, whose state stays in place, where lax.cond might copy pages."""
+    return lax.while_loop(lambda x: x[0], lambda x: (jnp.zeros((), bool), f(x[1])), (wanted, carry))[1]
 
 
 def step(model: Model, params: Any, slots: Slots, shape: Shape) -> tuple[Slots, Drawn]:
