@@ -7,7 +7,7 @@ The host is always one loop late. Where that matters (a row found no page), it w
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -216,7 +216,7 @@ class Engine:
                     self.cancel(number)
         return [Generation(job.ids, job.reason, job.logprobs) for job in jobs]
 
-    def stream(self, prompt: Sequence[int], params: GenerationParams | None = None) -> AsyncIterator[Update]:
+    def stream(self, prompt: Sequence[int], params: GenerationParams | None = None) -> AsyncGenerator[Update]:
         """Updates of one request as they come, for `async for`; to leave the loop cancels the request.
 
         Any number of streams may run in one event loop; `step` must not be called besides.

@@ -1,7 +1,7 @@
 """Many async streams over one engine: a task steps it in a thread and hands each request its updates."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from paxattn.engine.params import GenerationParams
@@ -36,7 +36,7 @@ class Pump:
         """Whether this is the running event loop's."""
         return self._loop is asyncio.get_running_loop()
 
-    async def stream(self, prompt: Sequence[int], params: GenerationParams | None) -> AsyncIterator[Update]:
+    async def stream(self, prompt: Sequence[int], params: GenerationParams | None) -> AsyncGenerator[Update]:
         async with self._lock:
             number = self._engine.add_request(prompt, params)
             queue = self._queues[number] = asyncio.Queue()
