@@ -38,7 +38,7 @@ KINDS = {
     "recompute": {},
     "swap": dict(preemption="swap"),
     "drafts": dict(draft_tokens=3, ngram=1, prefill_tokens=5),
-    "no prefixes": dict(prefix_cache=False, prefill_tokens=5),
+    "no prefixes": dict(prefix_cache=False, prefill_tokens=5, prefill_implementation="reference"),
 }
 LONGEST = 64  # tokens of a request in the random programs: more than half of the pages
 
@@ -189,10 +189,16 @@ def test_the_loop_lowers_for_a_gpu(monkeypatch):
     model, params = decoder.random(replace(TINY, num_layers=1, head_dim=64), dtype=jnp.bfloat16)
     config = EngineConfig(max_seqs=4, max_len=64, num_pages=16, prefill_tokens=128, implementation="mosaic_gpu")
     served = Engine(model, params, config)
-    for shape in config.shapes:
+
+    def lowered(shape):
         run = partial(slots.run, model, shape=shape, limit=jnp.int32(3), idle=jnp.int32(1))
-        module = module_for_cuda(lambda params, state, run=run: run(params, state), params, served._slots)
-        assert "custom_call @mosaic_gpu" in module
+        return module_for_cuda(lambda params, state: run(params, state), params, served._slots)
+
+    for shape in config.shapes:
+        assert "custom_call @mosaic_gpu" in lowered(shape)
+    decode, mixed = replace(config, prefill_implementation="xla").shapes
+    assert decode == config.shapes[0]
+    assert "custom_call @mosaic_gpu" not in lowered(mixed)
 
 
 def at_rest_without_reading(engine):

@@ -21,6 +21,7 @@ class EngineConfig:
       decode_steps: most steps before the host looks at what was drawn.
       kv_dtype: of the pages; None = as the model's keys.
       implementation: of paged_attention.
+      prefill_implementation: of that in steps with prompts, where another serves these; None = the same.
       prefix_cache: find full pages of earlier requests again; never where all layers have windows.
       preemption: a request that gives way computes its tokens again, or has its pages swapped to host memory.
       patience: by how many arrivals a unit of priority goes ahead.
@@ -38,6 +39,7 @@ class EngineConfig:
     decode_steps: int = 16
     kv_dtype: Any = None
     implementation: str | None = None
+    prefill_implementation: str | None = None
     prefix_cache: bool = True
     preemption: Literal["recompute", "swap"] = "recompute"
     patience: int = 256
@@ -71,5 +73,12 @@ class EngineConfig:
         return tuple(self._shape(size) for size in (0, *sizes))
 
     def _shape(self, prefill: int) -> Shape:
-        drafts = 0 if prefill else self.draft_tokens
-        return Shape(prefill, self.decode_steps, drafts, self.ngram, self.max_logprobs, self.prefix_cache)
+        return Shape(
+            prefill=prefill,
+            steps=self.decode_steps,
+            drafts=0 if prefill else self.draft_tokens,
+            ngram=self.ngram,
+            top=self.max_logprobs,
+            cached=self.prefix_cache,
+            implementation=(self.prefill_implementation if prefill else None) or self.implementation,
+        )

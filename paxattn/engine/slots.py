@@ -85,6 +85,7 @@ class Shape(NamedTuple):
       ngram: see `look_up`.
       top: log-probabilities of how many tokens besides the drawn one.
       cached: whether full pages are held for a prefix index.
+      implementation: of paged_attention.
     """
 
     prefill: int
@@ -93,6 +94,7 @@ class Shape(NamedTuple):
     ngram: int
     top: int
     cached: bool
+    implementation: str | None
 
     @property
     def width(self) -> int:
@@ -217,10 +219,12 @@ def step(model: Model, params: Any, slots: Slots, shape: Shape) -> tuple[Slots, 
     slots, drafts, guessed = _guess(slots, shape)
     room = rows * width + shape.prefill
     q_lens = guessed + _shares(slots, shape, room - jnp.sum(guessed, dtype=jnp.int32))
-    kv, ok = slots.kv.extend(q_lens, num_tokens=room, max_q_len=None if shape.prefill else width)
+    kv, ok = replace(slots.kv, implementation=shape.implementation).extend(
+        q_lens, num_tokens=room, max_q_len=None if shape.prefill else width
+    )
     batch: Batch = kv.batch  # type: ignore[assignment]
     hidden, kv = model(params, slots.tokens[batch.rows, batch.positions], batch.positions, kv)
-    kv = kv.end_step()
+    kv = replace(kv.end_step(), implementation=slots.kv.implementation)
 
     fed = ok & (q_lens > 0) & slots.running & (kv.lens == slots.known + guessed)
     draws = fed & ~slots.paused
