@@ -305,8 +305,11 @@ class Engine:
         left = sum(n for n in lacking if n > decode.width) - sum(flight.fed for flight in self._flights)
         if left <= 0:
             return decode, self.config.decode_steps, 0
-        shape = next((shape for shape in mixed if shape.prefill >= left), mixed[-1])
-        steps = min(PREFILL_STEPS, self.config.decode_steps, -(-left // shape.prefill))
+        # The largest that is filled: places that nobody has a token for cost as much as others, and what is left for
+        # the next step does not hold up decode.
+        shape = next((shape for shape in reversed(mixed) if shape.prefill <= left), mixed[0])
+        # More than one step only while more than these is left for certain, so that the next choice is as good.
+        steps = max(1, min(PREFILL_STEPS, self.config.decode_steps, left // (2 * shape.prefill)))
         return shape, steps, min(left, shape.prefill)
 
     def _carry_out(self, plan: Plan) -> None:
