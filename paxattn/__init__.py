@@ -1,8 +1,13 @@
 """FlashAttention, PagedAttention and a functional paged KV store for JAX."""
 
 from paxattn.engine.beam import Beam, beam_search
+from paxattn.engine.config import EngineConfig
+from paxattn.engine.engine import Engine, UnknownRequestError
 from paxattn.engine.generate import Generation, State, generate, prefill, step, stream, warmup
+from paxattn.engine.params import GenerationParams, InvalidParamsError
+from paxattn.engine.records import Stats, TokenLogprob, Update
 from paxattn.engine.sampling import Sampling
+from paxattn.engine.scheduler import TooLongError
 from paxattn.flags import XLA_FLAGS
 from paxattn.flash_attention import flash_attention
 from paxattn.kv.page_table import PageCopies, PageTable
@@ -20,7 +25,11 @@ __all__ = [
     "Beam",
     "BlockwiseKV",
     "ContiguousKV",
+    "Engine",
+    "EngineConfig",
     "Generation",
+    "GenerationParams",
+    "InvalidParamsError",
     "KVPages",
     "PageCopies",
     "PageTable",
@@ -28,8 +37,13 @@ __all__ = [
     "PrefixIndex",
     "Sampling",
     "State",
+    "Stats",
     "SwappedRow",
+    "TokenLogprob",
+    "TooLongError",
     "Uncached",
+    "UnknownRequestError",
+    "Update",
     "beam_search",
     "copy_pages",
     "flash_attention",

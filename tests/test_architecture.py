@@ -28,6 +28,7 @@ ALLOWED = {
     "paxattn/kv/page_table.py": ("paxattn.checks",),
     "paxattn/kv/prefix.py": ("paxattn.checks",),
     "paxattn/snapshot.py": ("paxattn.checks", "paxattn.damage"),
+    "paxattn/engine/scheduler.py": ("paxattn.kv.prefix",),
     "paxattn/engine": ("paxattn.checks", "paxattn.kv", "paxattn.engine"),
     "models": ("models", "paxattn.damage"),
 }
@@ -56,6 +57,12 @@ def test_kernels_import_only_jax_besides():
     for path in FILES:
         if path.is_relative_to("paxattn/kernels") or path.as_posix() == "paxattn/reference.py":
             assert {name.split(".")[0] for name in imported(path)} <= {"jax", "jaxlib", "paxattn", *standard}
+
+
+def test_the_scheduler_is_plain_python():
+    assert {name.split(".")[0] for name in imported(Path("paxattn/engine/scheduler.py"))} <= {
+        "collections", "dataclasses", "heapq", "paxattn", "typing",
+    }  # fmt: skip
 
 
 def test_every_implementation_that_dispatch_names_is_there():

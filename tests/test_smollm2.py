@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models import load, tokenizer
-from paxattn import PagedKV, Uncached, generate
+from paxattn import Engine, EngineConfig, GenerationParams, PagedKV, Uncached, generate
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))
 PROMPTS = [(one["prompt_ids"], one["out_ids"]) for one in GOLDENS["prompts"]]
@@ -34,6 +34,24 @@ def test_greedy_tokens_equal_transformers(smollm2, new_store, implementation):
     for one, (_, want), golden in zip(got, PROMPTS, GOLDENS["prompts"], strict=True):
         assert one.ids == want, golden["name"]
         assert one.reason == ("length" if len(want) == 64 else "stop")
+
+
+def test_the_engine_serves_them_in_a_third_of_the_pages(smollm2):
+    """Prompts in chunks, requests that give way and come back."""
+    model, params, tokens = smollm2
+    config = EngineConfig(
+        max_seqs=8, max_len=160, num_pages=28, prefill_tokens=64, decode_steps=8, max_stop_ids=len(tokens.stop_ids)
+    )
+    engine = Engine(model, params, config)
+    how = GenerationParams(max_new_tokens=64, stop_ids=tokens.stop_ids)
+    got = engine.generate([prompt for prompt, _ in PROMPTS], how)
+    for one, (_, want), golden in zip(got, PROMPTS, GOLDENS["prompts"], strict=True):
+        assert one.ids == want, golden["name"]
+        assert one.reason == ("length" if len(want) == 64 else "stop")
+    engine.drain()
+    stats = engine.stats()
+    assert stats.preempted > 0
+    assert stats.num_free + stats.num_cached == stats.num_pages == 28
 
 
 @pytest.mark.slow

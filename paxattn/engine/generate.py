@@ -41,10 +41,12 @@ class Generation:
     Fields:
       ids: the new tokens; a stop token is the last of them.
       reason: "stop" (a stop token), "length" (max_new_tokens), or "no_room" (the store had no page left).
+      logprobs: what an Engine tells of each token, where it was asked to.
     """
 
     ids: list[int]
     reason: str
+    logprobs: list[Any] | None = None
 
 
 @jax.tree_util.register_dataclass

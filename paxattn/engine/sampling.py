@@ -1,6 +1,8 @@
-"""Choosing the next token from logits: greedy, temperature, top-k, top-p."""
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p, min-p; each row by its own rule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,15 @@ class Sampling:
       temperature: logits are divided by it; 0 = greedy.
       top_k: only the k most likely tokens; 0 = all.
       top_p: only the most likely tokens that reach this probability together (Holtzman et al. 2020).
-      seed: row r's n-th token depends on (seed, r, n) and the logits alone.
+      seed: a row's n-th token depends on (seed, its stream, n) and the logits alone; see `sample`.
+      min_p: only tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024); 0 = all.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: Any = 0.0
+    top_k: Any = 0
+    top_p: Any = 1.0
+    seed: Any = 0
+    min_p: Any = 0.0
 
     def checked(self) -> "Sampling":
         """The same with arrays for numbers.
@@ -32,42 +36,93 @@ class Sampling:
         Raises:
           ValueError: a value is out of range; the message names it.
         """
-        temperature, top_p = float(self.temperature), float(self.top_p)
-        top_k, seed = int(self.top_k), int(self.seed)
-        checks.require(temperature >= 0, "temperature", temperature, "at least 0")
-        checks.require(top_k >= 0, "top_k", top_k, "at least 0")
-        checks.require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
-        checks.require(0 <= seed < 2**32, "seed", seed, "at least 0 and below 2**32")
+        numbers = self.checked_numbers()
         return Sampling(
-            jnp.float32(temperature),
-            jnp.int32(top_k),
-            jnp.float32(top_p),
-            jnp.uint32(seed),
+            jnp.float32(numbers.temperature),
+            jnp.int32(numbers.top_k),
+            jnp.float32(numbers.top_p),
+            jnp.uint32(numbers.seed),
+            jnp.float32(numbers.min_p),
         )
 
+    def checked_numbers(self) -> "Sampling":
+        """The same, on the host; raises as `checked`."""
+        temperature, top_p, min_p = float(self.temperature), float(self.top_p), float(self.min_p)
+        top_k, seed = int(self.top_k), int(self.seed)
+        checks.require(0 <= temperature < float("inf"), "temperature", temperature, "finite and at least 0")
+        checks.require(0 <= top_k < 2**31, "top_k", top_k, "at least 0")
+        checks.require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+        checks.require(0 <= seed < 2**32, "seed", seed, "at least 0 and below 2**32")
+        checks.require(0 <= min_p <= 1, "min_p", min_p, "from 0 to 1")
+        return Sampling(temperature, top_k, top_p, seed, min_p)
 
-def sample(logits: Array, sampling: Sampling, count: Array) -> Array:
-    """Next tokens i32 [R] from logits f32 [R,V]; `count` i32 [] is how many tokens the rows have drawn."""
+
+def sample(logits: Array, sampling: Sampling, count: Array, streams: Array | None = None) -> Array:
+    """Next tokens i32 [R].
+
+    Args:
+      logits: f32 [R,V]
+      sampling: checked; each field of one number, or of one a row.
+      count: i32 [] or [R], how many tokens the rows have drawn.
+      streams: i32 [R], what tells rows of one seed apart; by default the row's number.
+    """
+    rows = logits.shape[0]
+    streams = jnp.arange(rows) if streams is None else streams
+    sampling, count = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), (sampling, count))
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return lax.cond(sampling.temperature > 0, lambda: _draw(logits, sampling, count), lambda: greedy)
+    random = sampling.temperature > 0
+    return lax.cond(
+        jnp.any(random),
+        lambda: jnp.where(random, _draw(logits, sampling, count, streams), greedy),
+        lambda: greedy,
+    )
 
 
-def _draw(logits: Array, sampling: Sampling, count: Array) -> Array:
-    logits = _keep_likely(logits / jnp.maximum(sampling.temperature, 1e-6), sampling)
+def _draw(logits: Array, sampling: Sampling, count: Array, streams: Array) -> Array:
+    logits = _keep_likely(logits / jnp.maximum(sampling.temperature, 1e-6)[:, None], sampling)
 
-    def one(row: Array, logits: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), count)
+    def one(seed: Array, stream: Array, count: Array, logits: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), count)
         return jax.random.categorical(key, logits)
 
-    return jax.vmap(one)(jnp.arange(logits.shape[0]), logits).astype(jnp.int32)
+    return jax.vmap(one)(sampling.seed, streams, count, logits).astype(jnp.int32)
 
 
 def _keep_likely(logits: Array, sampling: Sampling) -> Array:
-    """-inf for all but the top k, and of those all but the nucleus of probability top_p."""
-    vocab = logits.shape[-1]
-    ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    in_top_k = (jnp.arange(vocab) < jnp.where(sampling.top_k > 0, sampling.top_k, vocab))[None, :]
-    p = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
-    in_nucleus = (jnp.cumsum(p, axis=-1) - p < sampling.top_p) | (sampling.top_p >= 1)
-    least = jnp.min(jnp.where(in_top_k & in_nucleus, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    """-inf for all but the top k, of those all but the nucleus of probability top_p, of those the too unlikely."""
+    counted = sampling.top_k > 0
+    bounded = sampling.top_p < 1
+    order = _as_ordered(logits)
+
+    def in_top_k(logits: Array) -> Array:
+        least = _threshold(order, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= sampling.top_k)
+        return jnp.where((order >= least[:, None]) | ~counted[:, None], logits, -jnp.inf)
+
+    def in_nucleus(logits: Array) -> Array:
+        p = jax.nn.softmax(logits, axis=-1)
+        least = _threshold(order, lambda kept: jnp.sum(jnp.where(kept, p, 0), axis=-1) >= sampling.top_p)
+        return jnp.where((order >= least[:, None]) | ~bounded[:, None], logits, -jnp.inf)
+
+    likely = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
+    logits = lax.cond(jnp.any(counted), in_top_k, lambda x: x, logits)
+    logits = lax.cond(jnp.any(bounded), in_nucleus, lambda x: x, logits)
+    return jnp.where(logits >= likely, logits, -jnp.inf)
+
+
+def _as_ordered(x: Array) -> Array:
+    """float32 as uint32 of the same order; the two zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _threshold(order: Array, enough: Callable[[Array], Array]) -> Array:
+    """u32 [R]: the largest number such that what is at least as large is enough; 0 where nothing is.
+
+    Bit by bit, as a sort of a whole vocabulary takes a GPU longer than 32 sums over it.
+    """
+
+    def narrow(i: Array, least: Array) -> Array:
+        more = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(order >= more[:, None]), more, least)
+
+    return lax.fori_loop(0, 32, narrow, jnp.zeros(order.shape[0], jnp.uint32))

@@ -138,6 +138,17 @@ class PageTable:
         gone = self._count(self.page_table, self.dropped, dropped)
         return replace(self, dropped=dropped)._let_go(gone)
 
+    def truncate(self, lens: Int[Array, "R"]) -> "PageTable":
+        """Cut row r to lens[r] tokens, where it has more; pages that hold none of them go back.
+
+        Only what the row has reserved since it was last forked or its pages were held may be cut, as its last page
+        must have no other owner: guesses that were not right.
+        """
+        checks.check_ints("lens", lens, self.lens.shape, "R")
+        kept = jnp.clip(lens.astype(jnp.int32), self.dropped * self.page_size, self.lens)
+        gone = self._count(self.page_table, self._pages(kept), self._pages(self.lens))
+        return replace(self, lens=kept)._let_go(gone)
+
     def fork(self, src: Int[Array, "F"], dst: Int[Array, "F"]) -> tuple["PageTable", PageCopies]:
         """Make row dst[i] share the pages of row src[i]; what dst[i] held before is released.
 

@@ -38,9 +38,9 @@ def swap_out(store: PagedKV, row: int) -> tuple[PagedKV, SwappedRow]:
       ValueError: there is no such row, or a step is under way.
     """
     _check(store, row)
-    length, dropped = int(store.table.lens[row]), int(store.table.dropped[row])
+    length, dropped = _on_host(store.table.lens, row), _on_host(store.table.dropped, row)
     count = -(-length // store.table.page_size) - dropped
-    layers = _take(store.layers, store.table.page_table[row], dropped, count, _bucket(count))
+    layers = _take(store.layers, store.table.page_table, row, dropped, count, _bucket(count))
     host = jax.block_until_ready(jax.tree.map(_to_host, layers))
     return _release(store, row), SwappedRow(host, length, dropped, store.window)
 
@@ -54,7 +54,7 @@ def swap_in(store: PagedKV, swapped: SwappedRow, row: int) -> tuple[PagedKV, boo
       ValueError: there is no such row or it is not empty, a step is under way, or swapped is another store's.
     """
     _check(store, row)
-    checks.require(int(store.table.lens[row]) == 0, "row", f"{row}, which holds tokens", "an empty row")
+    checks.require(_on_host(store.table.lens, row) == 0, "row", f"{row}, which holds tokens", "an empty row")
     _check_kind(store, swapped)
     layers = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), swapped.layers, store.layers)
     store, ok = _put(store, layers, row, swapped.length, swapped.dropped)
@@ -82,14 +82,19 @@ def _bucket(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
+def _on_host(x: Array, row: int) -> int:
+    """x[row]; indexed on the host, as on the device every row would compile a program of its own."""
+    return int(jax.device_get(x)[row])
+
+
 def _to_host(x: Array) -> Array:
     kinds = {memory.kind for memory in next(iter(x.devices())).addressable_memories()}
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if "pinned_host" in kinds else x
 
 
 @partial(jax.jit, static_argnames="width")
-def _take(layers, pages, dropped, count, width):
-    return tuple(take_pages(layer, _ids(pages, dropped, count, width)) for layer in layers)
+def _take(layers, page_table, row, dropped, count, width):
+    return tuple(take_pages(layer, _ids(page_table[row], dropped, count, width)) for layer in layers)
 
 
 @partial(jax.jit, donate_argnames="store")

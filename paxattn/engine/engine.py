@@ -1,0 +1,449 @@
+"""Engine: many requests through one store, as they come. The host plans, the device loops.
+
+    step: plan -> edits and a loop are enqueued -> the loop before is looked at, while this one runs
+
+The host is always one loop late. Where that matters (a row found no page), it waits for what is under way first.
+"""
+
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paxattn import checks
+from paxattn.engine import edits, memory
+from paxattn.engine.config import EngineConfig
+from paxattn.engine.generate import Generation, Model
+from paxattn.engine.meter import Meter
+from paxattn.engine.params import GenerationParams, check_prompt
+from paxattn.engine.records import Job, Stats, TokenLogprob, Update, tell
+from paxattn.engine.scheduler import Plan, Request, Scheduler
+from paxattn.engine.slots import REASONS, RUNNING, News, Shape, Slots, run
+from paxattn.kv.prefix import PrefixIndex
+from paxattn.kv.stores import PagedKV
+from paxattn.kv.swap import swap_in, swap_out
+
+PREFILL_STEPS = 4  # of a loop: a host that takes longer for a plan than a small model for a step still keeps up
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A loop that was enqueued and not looked at yet: what it tells, who had which row, and what it may do at most."""
+
+    news: Any
+    rows: dict[int, Request]
+    steps: int
+    fed: int
+    start: float
+
+
+class Engine:
+    """Continuous batching of requests (Orca, Yu et al. 2022) over a paged store.
+
+    Args:
+      model, params: see `Model`.
+      config: EngineConfig
+      detokenize: token ids to text, for stop strings.
+
+    Raises:
+      ValueError: a value of config is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Any,
+        config: EngineConfig | None = None,
+        *,
+        detokenize: Callable[[list[int]], str] | None = None,
+    ):
+        config = config or EngineConfig()
+        config.check()
+        layout = memory.layout(model, params)
+        if layout.window is not None:
+            config = replace(config, prefix_cache=False)
+        self.model, self.params, self.config, self.detokenize = model, params, config, detokenize
+        self._layout = layout
+        self._room = edits.Room.of(config.max_seqs, config.max_len)
+        self.num_pages = self._num_pages()
+        # Bound to its device from the start, as what comes back from a swap is: jit tells the two kinds apart.
+        device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self._slots = jax.device_put(self._create(self.num_pages), device)
+        index = PrefixIndex(config.page_size) if config.prefix_cache else None
+        self._scheduler = Scheduler(
+            num_pages=self.num_pages,
+            page_size=config.page_size,
+            max_seqs=config.max_seqs,
+            max_len=config.max_len,
+            index=index,
+            patience=config.patience,
+            reserve=self.num_pages // 100,
+        )
+        self._flights: deque[_Flight] = deque()
+        self._live: dict[int, list[Request]] = {}
+        self._unclaimed: list[Update] = []
+        self._next_id = 0
+        self._settle = False
+        self._pump: Any = None
+        self._meter = Meter(self.num_pages)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._scheduler.busy or bool(self._flights) or bool(self._unclaimed)
+
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile everything that any request may need; nothing is compiled afterwards.
+
+        Args:
+          progress: called with how many programs are ready, of how many.
+        """
+        slots, config = self._slots, self.config
+        lowered = [self._lower(slots, shape) for shape in config.shapes]
+        lowered += [edits.apply.lower(slots, self._empty_edit(size)) for size in self._room.tokens]
+        lowered += [edits.fork.lower(slots, *self._forks([]))]
+        with ThreadPoolExecutor() as pool:
+            ready = [pool.submit(one.compile) for one in lowered]
+            for done, one in enumerate(ready, 1):
+                one.result()
+                if progress is not None:
+                    progress(done, len(ready))
+        if config.preemption == "swap":
+            self._rehearse_swapping()
+
+    def add_request(self, prompt: Sequence[int], params: GenerationParams | None = None) -> int:
+        """Let a prompt wait for its turn; its id, for `cancel` and in what `step` tells.
+
+        Raises:
+          TooLongError: it could never run in this engine.
+          InvalidParamsError: a value of params is out of range.
+          ValueError: prompt is not a sequence of token ids.
+        """
+        params = params or GenerationParams()
+        ids = check_prompt(prompt)
+        params.check(self._slots.rules, self.config.max_logprobs, self.detokenize is not None)
+        number = self._next_id
+        samples = [
+            Request(
+                prompt=ids,
+                max_new_tokens=params.max_new_tokens,
+                priority=params.priority,
+                salt=params.salt,
+                options=Job(number, index, params),
+            )
+            for index in range(params.num_samples)
+        ]
+        # What is shorter than a page shares none.
+        if len(ids) > self.config.page_size:
+            samples[0].twins = samples[1:]
+        else:
+            self._scheduler.check(samples[0])
+        for one in samples[: 1 if samples[0].twins else None]:
+            self._scheduler.add(one)
+        self._next_id += 1
+        self._live[number] = samples
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a request; its pages go back before the next loop. Nothing more is told of it.
+
+        Raises:
+          UnknownRequestError: there is none of that id, or it has ended.
+        """
+        if number not in self._live:
+            raise UnknownRequestError(f"number: got {number!r}, must be the id of a request that has not ended")
+        for one in self._live.pop(number):
+            if one.ended is None:
+                self._scheduler.cancel(one)
+        self._unclaimed = [update for update in self._unclaimed if update.id != number]
+
+    def step(self) -> list[Update]:
+        """Enqueue the next loop, and tell what the one before has drawn: an Update for each sample that got tokens."""
+        updates, self._unclaimed = self._unclaimed, []
+        if self._settle:
+            updates += self._collect(0)
+            self._settle = False
+        if self._scheduler.busy:
+            self._launch()
+            return updates + self._collect(1)
+        return updates + self._collect(0)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: GenerationParams | Sequence[GenerationParams] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Generation]:
+        """Continue every prompt, and wait for all of them.
+
+        Args:
+          prompts: token ids.
+          params: of all, or one for each.
+          progress: called with how many samples are done, of how many.
+
+        Returns:
+          A Generation for each sample; those of one prompt after each other.
+
+        Raises:
+          ValueError: see add_request; nothing runs then.
+        """
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        checks.require(len(each) == len(prompts), "params", f"{len(each)} of them", f"one, or {len(prompts)}")
+        numbers: list[int] = []
+        jobs: list[Job] = []
+        others: list[Update] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                numbers.append(self.add_request(prompt, one))
+                jobs += [request.options for request in self._live[numbers[-1]]]
+            mine, done = set(numbers), 0
+            while done < len(jobs):
+                for update in self.step():
+                    others += [] if update.id in mine else [update]
+                    done += update.id in mine and update.reason is not None
+                if progress is not None:
+                    progress(done, len(jobs))
+        finally:
+            self._unclaimed += others
+            for number in numbers:
+                if number in self._live:
+                    self.cancel(number)
+        return [Generation(job.ids, job.reason, job.logprobs) for job in jobs]
+
+    def stream(self, prompt: Sequence[int], params: GenerationParams | None = None) -> AsyncGenerator[Update]:
+        """Updates of one request as they come, for `async for`; to leave the loop cancels the request.
+
+        Any number of streams may run in one event loop; `step` must not be called besides.
+        """
+        # Here, as asyncio would make up a quarter of what importing the library takes.
+        from paxattn.engine.streaming import Pump
+
+        if self._pump is None or not self._pump.here:
+            self._pump = Pump(self)
+        return self._pump.stream(prompt, params)
+
+    def drain(self) -> list[Update]:
+        """Wait for what is under way, so that the store is at rest; the Updates that came of it."""
+        updates, self._unclaimed = self._unclaimed, []
+        return updates + self._collect(0)
+
+    def stats(self) -> Stats:
+        """As last told by the device, and since the engine was made."""
+        scheduler = self._scheduler
+        return replace(
+            self._meter.stats,
+            num_cached=scheduler.cached,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            preempted=scheduler.num_preempted,
+        )
+
+    def _num_pages(self) -> int:
+        config = self.config
+        if config.num_pages != "auto":
+            return config.num_pages
+        most = config.max_seqs * -(-config.max_len // config.page_size)
+
+        def workspace() -> int:
+            slots = jax.eval_shape(lambda: self._create(1))
+            told = self._lower(slots, config.shapes[-1]).compile().memory_analysis()
+            return int(told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes)
+
+        dtype = config.kv_dtype or self._layout.dtype
+        room = memory.room_for_pages(
+            self._layout.page_bytes(config.page_size, dtype), config.memory_fraction, workspace
+        )
+        return min(most, room)
+
+    def _create(self, num_pages: int) -> Slots:
+        config, layout = self.config, self._layout
+        kv = PagedKV.create(
+            layout.num_layers,
+            layout.num_kv_heads,
+            layout.head_dim,
+            max_seqs=config.max_seqs,
+            max_len=config.max_len,
+            page_size=config.page_size,
+            num_pages=num_pages,
+            dtype=config.kv_dtype or layout.dtype,
+            implementation=config.implementation,
+            window=layout.window,
+        )
+        return Slots.create(kv, config.max_stop_ids, config.max_logit_bias)
+
+    def _lower(self, slots: Slots, shape: Shape) -> Any:
+        return run.lower(self.model, self.params, slots, shape, np.int32(0), np.int32(0))
+
+    def _empty_edit(self, size: int) -> edits.Edit:
+        [edit] = edits.pack(self._room, self._slots, [], [], [])
+        return replace(edit, tokens=np.zeros(size, np.int32))
+
+    def _launch(self) -> None:
+        width = self.config.shapes[0].width
+        ahead = sum(flight.steps for flight in self._flights) * width
+        plan = self._scheduler.plan(ahead, self.config.decode_steps * width)
+        self._carry_out(plan)
+        running = dict(self._scheduler.running)
+        shape, steps, fed = self._choose(running)
+        idle = self.config.max_seqs - (len(running) if self._scheduler.waiting else 0)
+        self._meter.launch(not all(flight.news.steps.is_ready() for flight in self._flights))
+        self._slots, news = run(self.model, self.params, self._slots, shape, np.int32(steps), np.int32(idle))
+        for x in jax.tree.leaves(news):
+            x.copy_to_host_async()
+        self._flights.append(_Flight(news, running, steps, fed, time.perf_counter()))
+
+    def _choose(self, running: dict[int, Request]) -> tuple[Shape, int, int]:
+        """The program for what is left to feed, how many steps of it, and what they feed of prompts at least."""
+        decode, *mixed = self.config.shapes
+        lacking = [one.known - one.stored for one in running.values()]
+        left = sum(n for n in lacking if n > decode.width) - sum(flight.fed for flight in self._flights)
+        if left <= 0:
+            return decode, self.config.decode_steps, 0
+        # The largest that is filled: places that nobody has a token for cost as much as others, and what is left for
+        # the next step does not hold up decode.
+        shape = next((shape for shape in reversed(mixed) if shape.prefill <= left), mixed[0])
+        # More than one step only while more than these is left for certain, so that the next choice is as good.
+        steps = max(1, min(PREFILL_STEPS, self.config.decode_steps, left // (2 * shape.prefill)))
+        return shape, steps, min(left, shape.prefill)
+
+    def _carry_out(self, plan: Plan) -> None:
+        if self.config.preemption == "swap":
+            for request, row in plan.preempted:
+                kv, request.swapped = swap_out(self._slots.kv, row)
+                self._slots = replace(self._slots, kv=kv)
+        drop = plan.dropped + [row for _, row in plan.preempted]
+        returning = [request for request, _ in plan.admitted if request.swapped is not None]
+        if returning:
+            self._edit(drop, plan.let_go, [])
+            for request in returning:
+                self._bring_back(request)
+            drop, plan.let_go = [], []
+        if drop or plan.let_go or plan.admitted:
+            self._edit(drop, plan.let_go, [self._admission(request, pages) for request, pages in plan.admitted])
+        if plan.forks:
+            self._slots = edits.fork(self._slots, *self._forks(plan.forks))
+
+    def _edit(self, drop: list[int], let_go: list[int], admitted: list[edits.Admission]) -> None:
+        for edit in edits.pack(self._room, self._slots, drop, let_go, admitted):
+            self._slots = edits.apply(self._slots, edit)
+
+    def _bring_back(self, request: Request) -> None:
+        kv, fits = swap_in(self._slots.kv, request.swapped, _row(request))
+        self._slots = replace(self._slots, kv=kv)
+        # Where it does not fit, the row is empty, and what it held is computed again.
+        request.stored = request.swapped.length if fits else 0
+        request.swapped = None
+
+    def _admission(self, request: Request, pages: tuple[int, ...]) -> edits.Admission:
+        job = request.options
+        rules = job.params.rules(self._slots.rules, job.index, len(request.prompt))
+        order = max(-(2**31), min(2**31 - 1, request.key[0]))
+        return edits.Admission(_row(request), request.tokens, pages, order, bool(request.twins), rules)
+
+    def _forks(self, forks: list[tuple[Request, list[Request]]]) -> tuple[np.ndarray, ...]:
+        rows = self.config.max_seqs
+        wakes, dst = np.zeros(rows, bool), np.full(rows, -1, np.int32)
+        src, streams = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        wakes[[_row(one) for one, _ in forks]] = True
+        pairs = [(one, twin) for one, twins in forks for twin in twins]
+        for i, (one, twin) in enumerate(pairs):
+            src[i], dst[i], streams[i] = _row(one), _row(twin), twin.options.index
+        return wakes, src, dst, streams
+
+    def _collect(self, keep: int) -> list[Update]:
+        """Look at the loops under way, oldest first, until only `keep` are left."""
+        updates: list[Update] = []
+        while len(self._flights) > keep:
+            flight = self._flights.popleft()
+            waited = not flight.news.steps.is_ready()
+            news = jax.device_get(flight.news)
+            self._meter.land(flight.start, waited, news)
+            self._scheduler.report(int(news.num_free))
+            self._settle = bool(news.stalled)
+            updates += self._digest(flight, news)
+        if not self._flights and not self._scheduler.busy:
+            self._meter.rest()
+        return updates
+
+    def _digest(self, flight: _Flight, news: News) -> list[Update]:
+        updates = []
+        drawn = news.tokens[: news.steps].swapaxes(0, 1).reshape(self.config.max_seqs, -1)
+        for row, request in flight.rows.items():
+            if request.row != row or request.ended is not None:
+                self._let_go_offers(row, news)
+                continue
+            ids = [token for token in drawn[row].tolist() if token >= 0]
+            request.output += ids
+            request.stored = int(news.lens[row])
+            ended = int(news.state[row]) > RUNNING
+            self._offer(request, row, int(news.begun[row]), news)
+            self._offer(request, row, int(news.ended[row]), news)
+            reason = REASONS[news.state[row]] if ended else None
+            update = tell(request, ids, reason, self.detokenize, self._logprobs(request, row, news))
+            if ended:
+                self._scheduler.end(request, str(reason))
+            elif update.reason is not None:
+                self._scheduler.cancel(request, update.reason)
+            if update.ids or update.reason is not None:
+                updates.append(update)
+            if update.reason is not None:
+                self._forget(request)
+        return updates
+
+    def _offer(self, request: Request, row: int, count: int, news: News) -> None:
+        if count:
+            tokens = request.tokens[: count * self.config.page_size]
+            self._scheduler.offer(request, tokens, news.pages[row, :count].tolist())
+
+    def _let_go_offers(self, row: int, news: News) -> None:
+        for count in (int(news.begun[row]), int(news.ended[row])):
+            self._scheduler.offer(None, [], news.pages[row, :count].tolist())
+
+    def _logprobs(self, request: Request, row: int, news: News) -> list[TokenLogprob] | None:
+        top = request.options.params.logprobs
+        if top is None:
+            return None
+        at = np.argwhere(news.tokens[: news.steps, row] >= 0)
+        told = []
+        for step, place in at.tolist():
+            ids, values = news.top_ids[step, row, place, :top], news.top_logprobs[step, row, place, :top]
+            best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+            told.append(TokenLogprob(float(news.logprobs[step, row, place]), best))
+        return told
+
+    def _forget(self, request: Request) -> None:
+        number = request.options.id
+        if all(one.ended is not None for one in self._live.get(number, ())):
+            self._live.pop(number, None)
+
+    def _rehearse_swapping(self) -> None:
+        """Swap an empty row of each size out and in, as that compiles what it takes."""
+        table = self._slots.kv.table
+        longest = min(self.num_pages, table.page_table.shape[1])
+        grow = jax.jit(_grow, donate_argnums=0)
+        for count in [*(2**i for i in range(longest.bit_length())), longest]:
+            kv = grow(self._slots.kv, jnp.int32(count * table.page_size))
+            kv, swapped = swap_out(kv, 0)
+            kv, _ = swap_in(kv, swapped, 0)
+            kv, _ = swap_out(kv, 0)
+            self._slots = replace(self._slots, kv=kv)
+
+
+class UnknownRequestError(LookupError):
+    """No request of that id is waiting or running."""
+
+
+def _row(request: Request) -> int:
+    assert request.row is not None
+    return request.row
+
+
+def _grow(kv: PagedKV, length: jax.Array) -> PagedKV:
+    kv, _ = kv.extend(jnp.zeros(kv.max_seqs, jnp.int32).at[0].set(length), num_tokens=1)
+    return kv.end_step()

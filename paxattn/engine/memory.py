@@ -1,0 +1,83 @@
+"""What a model keeps, found by tracing it, and how many pages of that a device has room for."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from paxattn import checks
+from paxattn.engine.generate import Model
+from paxattn.kv.pages import init_pages
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layers, KV heads, head dim and dtype of what a model keeps; the largest window, if all layers have one."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any
+    window: int | None
+
+    def page_bytes(self, page_size: int, dtype: Any) -> int:
+        pages = jax.eval_shape(lambda: init_pages(1, page_size, self.num_kv_heads, self.head_dim, dtype))
+        return self.num_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Probe:
+    """A store that notes what each layer brings, and keeps nothing."""
+
+    seen: dict[int, tuple] = field(default_factory=dict, metadata=dict(static=True))
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, "_Probe"]:
+        left, _ = checks.window_bounds(options.get("window"), causal=True)
+        self.seen[layer] = *k.shape[1:], k.dtype, left
+        return jnp.zeros(q.shape, q.dtype), self
+
+
+def layout(model: Model, params: Any) -> Layout:
+    """Trace the model over one token; nothing runs.
+
+    Raises:
+      ValueError: its layers differ in KV heads, head dim or dtype.
+    """
+    probe = _Probe()
+    token = jax.ShapeDtypeStruct((1,), jnp.int32)
+    jax.eval_shape(lambda params, tokens: model(params, tokens, tokens, probe)[0], params, token)
+    kinds = {(heads, dim, dtype.name) for heads, dim, dtype, _ in probe.seen.values()}
+    checks.require(len(kinds) == 1, "model", f"layers of {sorted(kinds)}", "one whose layers keep the same")
+    heads, dim, dtype, _ = probe.seen[0]
+    lefts = [left for *_, left in probe.seen.values()]
+    windows = [left + 1 for left in lefts if left is not None]
+    window = max(windows) if len(windows) == len(lefts) else None
+    return Layout(len(probe.seen), heads, dim, dtype, window)
+
+
+def room_for_pages(page_bytes: int, fraction: float, workspace: Callable[[], int]) -> int:
+    """Pages that fit `fraction` of the memory, beside what is there already and what programs need to run.
+
+    A device that does not tell its memory is a CPU, whose free memory the system tells.
+
+    Raises:
+      ValueError: there is room for none.
+    """
+    told = jax.local_devices()[0].memory_stats()
+    if told is None:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * fraction
+    else:
+        free = told["bytes_limit"] * fraction - told["bytes_in_use"]
+    left = free - workspace()
+    checks.require(
+        left >= page_bytes,
+        "num_pages",
+        f"'auto', for which {left / 2**20:.0f} MiB are left",
+        "a number, or memory free",
+    )
+    return int(left // page_bytes)

@@ -1,0 +1,57 @@
+"""The least time that a device can take for a workload: matrix products of prompts, and what decode must read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import Config
+from scripts.attention.measuring import time_in_turns
+from scripts.serving.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device was seen to do: bytes read and floating point operations, a second."""
+
+    read: float
+    compute: float
+
+
+def measured(dtype: Any) -> Rates:
+    big = jax.default_backend() == "gpu"
+    x = jnp.ones(2**30 if big else 2**25, jnp.bfloat16)
+    n = 8192 if big else 1024
+    a = jnp.ones((n, n), dtype)
+    runs = {
+        "read": (jax.jit(lambda x: x.astype(jnp.float32).sum()).lower(x).compile(), (x,)),
+        "compute": (jax.jit(lambda a: a @ a).lower(a).compile(), (a,)),
+    }
+    seconds = {}
+    for name, (run, args) in runs.items():
+        times = time_in_turns({name: run}, args, 3, 5)[name]
+        seconds[name] = (times.kernel_ms or times.wall_ms) / 1e3
+    return Rates(x.nbytes / seconds["read"], 2 * n**3 / seconds["compute"])
+
+
+def seconds(work: Workload, config: Config, rows: int, weight_bytes: int, token_bytes: float, rates: Rates) -> float:
+    """Prompts at the rate of matrix products, then every step reads all weights, and each row its keys and values.
+
+    As many steps as the longest output, or as all of them take in `rows` rows. Embedding rows count as weights where
+    they are the head, too.
+    """
+    matrices = (
+        config.num_layers
+        * config.embed_dim
+        * ((config.num_heads * 2 + config.num_kv_heads * 2) * config.head_dim + 3 * config.mlp_dim)
+    )
+    head = config.vocab_size * config.embed_dim
+    prompt = work.prompt.astype(np.float64)
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * prompt**2
+    flops = (2 * matrices * prompt + 2 * head + attention).sum()
+    output = work.output.astype(np.float64)
+    steps = max(output.max(), output.sum() / rows) - 1
+    kept = ((prompt + output / 2) * (output - 1)).sum() * token_bytes
+    return float(flops / rates.compute + (steps * weight_bytes + kept) / rates.read)

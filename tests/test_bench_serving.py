@@ -1,0 +1,89 @@
+"""The serving benchmark: what is asked of the engine, and a small run of it."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from scripts import bench_serving as bench
+from scripts.serving import roofline
+from scripts.serving.workloads import parse
+
+TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,30,4
+2023-11-16 18:15:47.1805900,20,9
+2023-11-16 18:15:48.6805900,90,5
+2023-11-16 18:15:50.6805900,7,3
+"""
+
+
+@pytest.fixture
+def trace(tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_text(TRACE, encoding="utf-8")
+    return file
+
+
+def test_fixed_shapes_come_at_once():
+    work = parse("3x20+5", None, 64, 0)
+    assert (work.prompt.tolist(), work.output.tolist(), work.arrival.tolist()) == ([20] * 3, [5] * 3, [0] * 3)
+    assert work.longest == 25
+    assert [len(prompt) for prompt in work.prompts(97, 0)] == [20] * 3
+    with pytest.raises(ValueError, match=r"^--replay"):
+        work.at_rate(10.0)
+
+
+def test_a_trace_is_cut_and_keeps_its_times(trace):
+    work = parse("trace:3", trace, 64, 0)
+    assert (work.prompt.tolist(), work.output.tolist()) == ([30, 20, 63], [4, 9, 1])
+    np.testing.assert_allclose(work.arrival, [0.0, 0.5, 2.0])
+    scaled = work.at_rate(7.0)
+    np.testing.assert_allclose(scaled.arrival, [0.0, 0.5, 2.0])  # 14 tokens in two seconds
+    np.testing.assert_allclose(work.at_rate(14.0).arrival, [0.0, 0.25, 1.0])
+    assert not work.at_once().arrival.any()
+
+
+@pytest.mark.parametrize("kind", ["azure", "sharegpt"])
+def test_drawn_requests_come_one_after_another(kind):
+    work = parse(f"{kind}:50", None, 512, 0)
+    assert len(work) == 50
+    assert work.longest <= 512
+    assert (np.diff(work.arrival) > 0).all()
+
+
+@pytest.mark.parametrize("text", ["3x20", "0x1+1", "azure:0", "nothing:3", "trace:4"])
+def test_other_jobs_are_refused(text):
+    with pytest.raises(ValueError, match=r"^--jobs: "):
+        parse(text, None, 64, 0)
+
+
+def test_the_roofline_of_one_long_output_is_reading_all_for_each_token():
+    rates = roofline.Rates(read=1e9, compute=1e30)
+    least = roofline.seconds(parse("1x100+11", None, 0, 0), TINY, 1, 10**6, 50.0, rates)
+    np.testing.assert_allclose(least, (10 * 10**6 + 10 * (100 + 5.5) * 50) / 1e9)
+    two = roofline.seconds(parse("2x100+11", None, 0, 0), TINY, 2, 10**6, 50.0, rates)
+    np.testing.assert_allclose(two, (10 * 10**6 + 2 * 10 * (100 + 5.5) * 50) / 1e9)
+
+
+def test_a_run_tells_rates_and_times(tiny, trace, tmp_path):
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = "--no-peers --max-seqs 2 --num-pages 16 --page-size 8 --prefill-tokens 32 --decode-steps 4 --replay 0.8"
+    options = bench.arguments().parse_args([*arguments.split(), "--json", str(file)])
+    rates = roofline.Rates(1e9, 1e9)
+    results = bench.measure(*tiny, parse("trace:4", trace, 64, 0), options, rates)
+    assert [len(one.runs) for one in results] == [1, 1]
+    for one in results:
+        run = one.runs[bench.OURS]
+        assert run.tokens == one.work.output.sum() == 17
+        assert len(run.first) == 4
+        assert len(run.spaces) <= 17 - 4
+        assert one.share(bench.OURS) > 0
+        assert 0 <= run.about["page_waste"] < 1
+    assert results[1].runs[bench.OURS].seconds >= results[1].work.arrival[-1]
+    bench.write_json(file, results, rates, options)
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["runs"]["paxattn"]["tokens"] for row in rows] == [17, 17]
+    bench.draw(results, picture)
+    assert picture.stat().st_size > 10_000
+    assert bench.table(results).row_count == 2

@@ -1,0 +1,559 @@
+"""The serving loop on a tiny decoder: whatever else runs, a request gets the tokens that it gets alone."""
+
+import asyncio
+import importlib
+import random
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_gpu_lowering import module_for_cuda
+
+import paxattn
+from models import decoder
+from paxattn import (
+    Engine,
+    EngineConfig,
+    GenerationParams,
+    InvalidParamsError,
+    PagedKV,
+    Sampling,
+    TooLongError,
+    Uncached,
+    UnknownRequestError,
+    dispatch,
+    generate,
+)
+from paxattn.engine import memory, slots
+from scripts.profile_decode import host_operations, page_copies
+
+SIZES = dict(max_seqs=4, max_len=96, page_size=4, num_pages=30, prefill_tokens=16, decode_steps=6)
+KINDS = {
+    "recompute": {},
+    "swap": dict(preemption="swap"),
+    "drafts": dict(draft_tokens=3, ngram=1, prefill_tokens=5),
+    "no prefixes": dict(prefix_cache=False, prefill_tokens=5, prefill_implementation="reference"),
+}
+LONGEST = 64  # tokens of a request in the random programs: more than half of the pages
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    """The engine of a kind, the same for all tests of this file; each leaves it at rest."""
+    made = {}
+
+    def get(kind="recompute"):
+        if kind not in made:
+            text = lambda ids: " ".join(map(str, ids)) + " "
+            made[kind] = Engine(*tiny, EngineConfig(**SIZES | KINDS[kind]), detokenize=text)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """Greedy tokens of a prompt that has a store to itself."""
+    known = {}
+
+    def run(prompt):
+        key = tuple(prompt)
+        if key not in known:
+            kv = PagedKV.create(2, 2, 16, max_seqs=1, max_len=96, page_size=4, dtype=jnp.float32)
+            [one] = generate(*tiny, kv, [prompt], max_new_tokens=LONGEST - len(prompt))
+            known[key] = one.ids
+        return known[key]
+
+    return run
+
+
+def at_rest(engine):
+    """Nothing runs, nobody but the prefix index owns a page."""
+    while engine.busy:
+        engine.step()
+    stats, table = engine.stats(), engine._slots.kv.table
+    assert stats.num_free + stats.num_cached == stats.num_pages
+    assert int(table.num_free) == stats.num_free
+    assert int((table.owners > 0).sum()) == stats.num_cached
+    assert not bool((table.lens > 0).any())
+    return stats
+
+
+def collect(engine, updates, got):
+    for update in updates:
+        got.setdefault((update.id, update.index), []).extend(update.ids)
+
+
+PROMPTS = st.tuples(st.integers(1, 40), st.integers(0, 2))
+REQUESTS = st.lists(st.tuples(PROMPTS, st.integers(1, 24), st.integers(1, 3)), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(requests=REQUESTS, seed=st.integers(0, 10**6))
+def test_any_requests_get_what_they_get_alone(engine, alone, kind, requests, seed):
+    """Arrivals, common prefixes, samples that fork, cancellations, and too few pages for all that runs."""
+    served, chance = engine(kind), random.Random(seed)
+    source = np.random.default_rng(5)
+    texts = [source.integers(0, TINY.vocab_size, 40).tolist() for _ in range(2)]
+    texts += [texts[0][:20] + texts[1][:20]]
+    want, got, cancelled = {}, {}, set()
+    for (size, which), new, samples in requests:
+        prompt = texts[which][:size]
+        number = served.add_request(prompt, GenerationParams(max_new_tokens=new, num_samples=samples))
+        want |= {(number, i): alone(prompt)[:new] for i in range(samples)}
+        for _ in range(chance.randrange(3)):
+            collect(served, served.step(), got)
+        if chance.random() < 0.2 and number in served._live:
+            served.cancel(number)
+            cancelled.add(number)
+    while served.busy:
+        collect(served, served.step(), got)
+    for key, ids in want.items():
+        if key[0] in cancelled:
+            assert got.get(key, []) == ids[: len(got.get(key, []))]
+        else:
+            assert got[key] == ids
+    at_rest(served)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_two_hundred_requests_in_a_tenth_of_the_pages(tiny, alone, rng, preemption):
+    """16 rows of 10 pages have 16 pages for all of them."""
+    config = EngineConfig(
+        max_seqs=16, max_len=40, page_size=4, num_pages=16, prefill_tokens=32, decode_steps=6, preemption=preemption
+    )
+    served = Engine(*tiny, config)
+    base = rng.integers(0, TINY.vocab_size, (4, 20)).tolist()
+    prompts = [base[rng.integers(4)][: rng.integers(1, 21)] for _ in range(200)]
+    params = [GenerationParams(max_new_tokens=int(rng.integers(1, 21))) for _ in prompts]
+    done = served.generate(prompts, params)
+    for prompt, one, result in zip(prompts, params, done, strict=True):
+        assert result.ids == alone(prompt)[: one.max_new_tokens]
+        assert result.reason == "length"
+    stats = at_rest(served)
+    assert stats.preempted > 0
+    with pytest.raises(TooLongError, match="a row holds 40"):
+        served.add_request([1] * 30, GenerationParams(max_new_tokens=11))
+
+
+def test_nothing_is_compiled_after_warmup_and_nothing_read_inside_the_loop(tiny, compilations, rng):
+    """A swapping engine, which has the most programs, under pressure; other sizes than any other test's."""
+    config = EngineConfig(
+        max_seqs=3,
+        max_len=48,
+        page_size=4,
+        num_pages=17,
+        prefill_tokens=256,
+        decode_steps=5,
+        preemption="swap",
+        draft_tokens=2,
+        ngram=1,
+    )
+    served = Engine(*tiny, config)
+    ready = []
+    served.warmup(lambda done, total: ready.append((done, total)))
+    assert ready == [(i, len(ready)) for i in range(1, len(ready) + 1)]
+    prompts = [rng.integers(0, TINY.vocab_size, int(n)).tolist() for n in rng.integers(1, 30, 12)]
+    rich = GenerationParams(
+        max_new_tokens=17, sampling=Sampling(0.8, 5, 0.9, 3, 0.01), stop_ids=[4], min_new_tokens=2, num_samples=3,
+        repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={3: 1.0}, logprobs=0,
+    )  # fmt: skip
+    with compilations() as compiled, jax.transfer_guard_device_to_host("disallow"):
+        for i, prompt in enumerate(prompts):
+            served.add_request(prompt, rich if i % 3 == 0 else GenerationParams(max_new_tokens=18))
+            served.step()
+        served.cancel(11)
+        stats = at_rest_without_reading(served)
+    assert compiled == []
+    assert stats.preempted > 0
+    at_rest(served)
+    # So many pages that no other array of a step is as large.
+    large = jax.eval_shape(lambda: served._create(4096))
+    for shape in (config.shapes[0], config.shapes[-1]):
+        program = served._lower(large, shape).compile().as_text()
+        assert host_operations(program) == []
+        assert page_copies(program, large.kv.layers[0].k.size) == []
+
+
+def test_the_loop_lowers_for_a_gpu(monkeypatch):
+    """With the Hopper kernels by name: as far as a machine without a GPU can tell."""
+    kernels = importlib.import_module(dispatch.MODULES["paged_attention"]["mosaic_gpu"])
+    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
+    model, params = decoder.random(replace(TINY, num_layers=1, head_dim=64), dtype=jnp.bfloat16)
+    config = EngineConfig(max_seqs=4, max_len=64, num_pages=16, prefill_tokens=128, implementation="mosaic_gpu")
+    served = Engine(model, params, config)
+
+    def lowered(shape):
+        run = partial(slots.run, model, shape=shape, limit=jnp.int32(3), idle=jnp.int32(1))
+        return module_for_cuda(lambda params, state: run(params, state), params, served._slots)
+
+    for shape in config.shapes:
+        assert "custom_call @mosaic_gpu" in lowered(shape)
+    decode, mixed = replace(config, prefill_implementation="xla").shapes
+    assert decode == config.shapes[0]
+    assert "custom_call @mosaic_gpu" not in lowered(mixed)
+
+
+def at_rest_without_reading(engine):
+    while engine.busy:
+        engine.step()
+    return engine.stats()
+
+
+def test_a_seed_draws_the_same_whatever_else_runs(engine, rng):
+    served = engine()
+    prompts = [rng.integers(0, TINY.vocab_size, n).tolist() for n in (5, 9, 14, 20, 3, 11)]
+    params = [
+        GenerationParams(max_new_tokens=12, sampling=Sampling(0.9, top_p=0.95, seed=i), num_samples=1 + i % 3)
+        for i in range(6)
+    ]
+    together = served.generate(prompts, params)
+    apart = [one for prompt, how in zip(prompts, params, strict=True) for one in served.generate([prompt], how)]
+    assert [one.ids for one in together] == [one.ids for one in apart]
+    # Samples of one prompt and seed differ.
+    assert together[1].ids != together[2].ids
+    at_rest(served)
+
+
+def test_drafts_change_no_random_draw_and_save_steps_on_repeated_text(engine, tiny, rng):
+    plain, drafting = engine(), engine("drafts")
+    prompt = rng.integers(0, TINY.vocab_size, 8).tolist() * 3
+    for sampling in (Sampling(), Sampling(0.7, seed=3)):
+        params = GenerationParams(max_new_tokens=40, sampling=sampling)
+        [want], [got] = plain.generate([prompt], params), drafting.generate([prompt], params)
+        assert got == want
+    # Logits that always favour one token repeat it, which is soon guessed.
+    before = drafting.stats()
+    [one] = drafting.generate([prompt], GenerationParams(max_new_tokens=40, logit_bias={5: 100.0}))
+    after = at_rest(drafting)
+    assert one.ids == [5] * 40
+    assert after.steps - before.steps < 25
+
+
+def test_a_stop_token_is_the_last_and_none_comes_before_the_least(engine, alone, rng):
+    served = engine()
+    prompt = rng.integers(0, TINY.vocab_size, 7).tolist()
+    want = alone(prompt)
+    first = want.index(want[4]) + 1
+    [one] = served.generate([prompt], GenerationParams(max_new_tokens=20, stop_ids=[want[4], 96]))
+    assert (one.ids, one.reason) == (want[:first], "stop")
+    everything = GenerationParams(max_new_tokens=20, stop_ids=want[:8], min_new_tokens=5)
+    [one] = served.generate([prompt], everything)
+    assert len(one.ids) > 5
+    assert not set(one.ids[:5]) & set(want[:8])
+    at_rest(served)
+
+
+@pytest.mark.parametrize("kind", ["recompute", "drafts"])
+def test_a_stop_string_ends_a_request_where_it_is_complete(engine, alone, kind, rng):
+    served = engine(kind)
+    prompt = rng.integers(0, TINY.vocab_size, 7).tolist()
+    want = alone(prompt)
+    string = f" {want[8]} {want[9]} "
+    text = [" ".join(map(str, want[:n])) + " " for n in range(20)]
+    count = next(n for n in range(20) if string in text[n])
+    [one] = served.generate([prompt], GenerationParams(max_new_tokens=20, stop_strings=["never", string]))
+    assert (one.ids, one.reason) == (want[:count], "stop")
+    at_rest(served)
+
+
+def test_log_probabilities_are_those_of_the_model(tiny, rng):
+    model, params = tiny
+    served = Engine(*tiny, EngineConfig(**SIZES | dict(max_logprobs=3)))
+    prompt = rng.integers(0, TINY.vocab_size, 7).tolist()
+    how = GenerationParams(max_new_tokens=9, logprobs=2, logit_bias={1: 50.0, 2: 50.0})
+    done = served.generate([prompt, prompt], [how, GenerationParams(max_new_tokens=9)])
+    assert done[1].logprobs is None
+    assert set(done[0].ids) <= {1, 2}
+    ids = jnp.asarray(prompt + done[0].ids)
+    hidden, _ = model(params, ids, jnp.arange(len(ids)), Uncached(jnp.zeros(len(ids), jnp.int32), "reference"))
+    want = np.asarray(jax.nn.log_softmax(model.logits(params, hidden)))[len(prompt) - 1 : -1]
+    for told, row, token in zip(done[0].logprobs, want, done[0].ids, strict=True):
+        np.testing.assert_allclose(told.logprob, row[token], atol=1e-4)
+        best = np.argsort(-row)[:2]
+        assert [i for i, _ in told.top] == best.tolist()
+        np.testing.assert_allclose([x for _, x in told.top], row[best], atol=1e-4)
+    at_rest(served)
+
+
+def test_penalties_follow_their_definition(engine, tiny, rng):
+    """Against a model that reads the whole text for each token, with the penalties in numpy."""
+    model, params = tiny
+    served, prompt = engine(), rng.integers(0, TINY.vocab_size, 10).tolist()
+    repetition, presence, frequency = 1.6, 0.4, 0.7
+
+    @jax.jit
+    def logits(tokens, length):
+        segments = (jnp.arange(64) >= length).astype(jnp.int32)
+        hidden, _ = model(params, tokens, jnp.arange(64), Uncached(segments, "reference"))
+        return model.logits(params, hidden)[length - 1]
+
+    ids = []
+    for _ in range(25):
+        text = prompt + ids
+        row = np.array(logits(jnp.asarray(text + [0] * (64 - len(text))), len(text)))
+        seen = sorted(set(text))
+        row[seen] = np.where(row[seen] > 0, row[seen] / repetition, row[seen] * repetition)
+        for token in set(ids):
+            row[token] -= presence + frequency * ids.count(token)
+        ids.append(int(row.argmax()))
+    penalties = dict(repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
+    others = [rng.integers(0, TINY.vocab_size, 10).tolist() for _ in range(3)]
+    got = served.generate(
+        [prompt, *others], [GenerationParams(25, **penalties), *[GenerationParams(25, Sampling(1.0))] * 3]
+    )
+    assert got[0].ids == ids
+    assert engine("drafts").generate([prompt], GenerationParams(25, **penalties))[0].ids == ids
+    at_rest(served)
+
+
+def test_a_prompt_seen_before_is_not_computed_again(engine, alone, rng):
+    served = engine()
+    prompt = rng.integers(0, TINY.vocab_size, 37).tolist()
+    served.generate([prompt], GenerationParams(max_new_tokens=4))
+    number = served.add_request(prompt, GenerationParams(max_new_tokens=4))
+    served.step()
+    [request] = served._live[number]
+    assert request.stored == 36
+    while served.busy:
+        served.step()
+    assert request.output == alone(prompt)[:4]
+    served.add_request(prompt, GenerationParams(max_new_tokens=4, salt="another tenant"))
+    served.step()
+    assert next(iter(served._scheduler.running.values())).stored == 0
+    at_rest(served)
+
+
+def test_samples_share_the_pages_of_their_prompt(engine, alone, rng):
+    served = engine()
+    prompt = rng.integers(0, TINY.vocab_size, 35).tolist()
+    before = served.stats().preempted
+    done = served.generate([prompt], GenerationParams(max_new_tokens=9, num_samples=4))
+    # Four times eleven pages would be more than there are.
+    assert [one.ids for one in done] == [alone(prompt)[:9]] * 4
+    assert at_rest(served).preempted == before
+
+
+def test_a_cancelled_request_gives_its_pages_back(engine, rng):
+    served = engine("no prefixes")
+    number = served.add_request(rng.integers(0, TINY.vocab_size, 40).tolist(), GenerationParams(max_new_tokens=50))
+    for _ in range(4):
+        served.step()
+    assert served.stats().num_free < 30
+    served.cancel(number)
+    served.step()
+    served.drain()
+    assert served.stats().num_free == 30
+    with pytest.raises(UnknownRequestError, match=f"^number: got {number}"):
+        served.cancel(number)
+    at_rest(served)
+
+
+def test_generate_leaves_the_updates_of_others_to_step(engine, alone, rng):
+    served = engine()
+    mine, other = (rng.integers(0, TINY.vocab_size, n).tolist() for n in (6, 9))
+    number = served.add_request(other, GenerationParams(max_new_tokens=10))
+    [one] = served.generate([mine], GenerationParams(max_new_tokens=10))
+    assert one.ids == alone(mine)[:10]
+    got = {}
+    while served.busy:
+        collect(served, served.step(), got)
+    assert got == {(number, 0): alone(other)[:10]}
+    at_rest(served)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(min_new_tokens=9), "min_new_tokens"),
+        (dict(num_samples=0), "num_samples"),
+        (dict(sampling=Sampling(-1.0)), "temperature"),
+        (dict(sampling=Sampling(top_p=0.0)), "top_p"),
+        (dict(sampling=Sampling(min_p=1.5)), "min_p"),
+        (dict(sampling=0.7), "sampling"),
+        (dict(stop_ids=[1.5]), "stop_ids"),
+        (dict(stop_ids=range(9)), "stop_ids"),
+        (dict(stop_strings="end"), "stop_strings"),
+        (dict(stop_strings=[""]), "stop_strings"),
+        (dict(logit_bias={-1: 1.0}), "logit_bias"),
+        (dict(logit_bias={1: float("nan")}), "logit_bias"),
+        (dict(logit_bias=dict.fromkeys(range(17), 1.0)), "logit_bias"),
+        (dict(repetition_penalty=0.0), "repetition_penalty"),
+        (dict(presence_penalty=float("inf")), "presence_penalty"),
+        (dict(frequency_penalty="much"), "frequency_penalty"),
+        (dict(logprobs=1), "logprobs"),
+        (dict(priority=0.5), "priority"),
+        (dict(salt=3), "salt"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_named_and_nothing_runs(engine, change, name):
+    served = engine()
+    with pytest.raises(InvalidParamsError, match=f"^{name}: got"):
+        served.generate([[1, 2], [3]], [GenerationParams(9), GenerationParams(**dict(max_new_tokens=8) | change)])
+    at_rest(served)
+    assert served.stats().waiting == 0
+
+
+@pytest.mark.parametrize("prompt", [[], [-1], [1.5], [[1]], [2**31], "text"], ids=str)
+def test_what_is_no_prompt_is_refused(engine, prompt):
+    with pytest.raises(ValueError, match=r"^prompt: got"):
+        engine().add_request(prompt)
+
+
+def test_stop_strings_need_a_way_to_make_text(tiny):
+    served = Engine(*tiny, EngineConfig(**SIZES))
+    with pytest.raises(InvalidParamsError, match=r"^stop_strings: got .* empty without detokenize"):
+        served.add_request([1], GenerationParams(stop_strings=["x"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(max_seqs=0), dict(num_pages=0), dict(memory_fraction=0.0), dict(preemption="hope"), dict(draft_tokens=-1),
+        dict(decode_steps=1.5), dict(patience=0), dict(max_logprobs=-1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_bad_config_is_named(tiny, change):
+    with pytest.raises(ValueError, match=f"^{next(iter(change))}: got"):
+        Engine(*tiny, EngineConfig(**SIZES | change))
+
+
+def test_a_model_tells_what_it_keeps(tiny):
+    layout = memory.layout(*tiny)
+    assert (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype) == (2, 2, 16, jnp.float32)
+    assert layout.window is None
+    assert layout.page_bytes(4, jnp.float32) == 2 * 2 * 4 * 2 * 16 * 4
+    assert layout.page_bytes(4, "int8") == 2 * 4 * 2 * (16 + 16 + 2 + 2)
+
+
+def test_auto_takes_what_the_memory_has_room_for(monkeypatch, tiny):
+    """Of 1000 bytes: the fraction, less what is there and what the program takes."""
+
+    class Device:
+        def memory_stats(self):
+            return dict(bytes_limit=1000, bytes_in_use=300)
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert memory.room_for_pages(50, 0.9, lambda: 200) == 8
+    with pytest.raises(ValueError, match=r"^num_pages: got 'auto'"):
+        memory.room_for_pages(50, 0.5, lambda: 200)
+
+
+def test_auto_takes_no_more_than_rows_can_hold(tiny):
+    served = Engine(*tiny, EngineConfig(**SIZES | dict(num_pages="auto")))
+    assert served.num_pages == 4 * 24
+
+
+def test_streams_run_together(engine, alone, rng):
+    served = engine()
+    prompts = [rng.integers(0, TINY.vocab_size, n).tolist() for n in (5, 30, 12)]
+
+    async def read(prompt, samples):
+        ids = [[] for _ in range(samples)]
+        async for update in served.stream(prompt, GenerationParams(max_new_tokens=15, num_samples=samples)):
+            ids[update.index] += update.ids
+        return ids
+
+    async def all_of_them():
+        return await asyncio.gather(*(read(prompt, 1 + i) for i, prompt in enumerate(prompts)))
+
+    for _ in range(2):  # each in an event loop of its own
+        got = asyncio.run(all_of_them())
+        assert got == [[alone(prompt)[:15]] * (1 + i) for i, prompt in enumerate(prompts)]
+    at_rest(served)
+
+
+def test_who_leaves_a_stream_cancels_it(engine, alone, rng):
+    served = engine()
+    prompts = [rng.integers(0, TINY.vocab_size, n).tolist() for n in (5, 12)]
+
+    async def leave():
+        stream = served.stream(prompts[0], GenerationParams(max_new_tokens=60))
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    async def read():
+        return [
+            i async for update in served.stream(prompts[1], GenerationParams(max_new_tokens=20)) for i in update.ids
+        ]
+
+    async def both():
+        return await asyncio.gather(leave(), read())
+
+    assert asyncio.run(both())[1] == alone(prompts[1])[:20]
+    at_rest(served)
+    assert served._live == {}
+
+
+def test_streams_hear_of_a_failure(engine, monkeypatch):
+    served = engine()
+
+    async def read():
+        return [update async for update in served.stream([1, 2], GenerationParams(max_new_tokens=3))]
+
+    def fail():
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(served, "step", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        asyncio.run(read())
+    monkeypatch.undo()
+    at_rest(served)
+
+
+def test_compressed_pages_serve_too(tiny, rng):
+    served = Engine(*tiny, EngineConfig(**SIZES | dict(kv_dtype="int8")))
+    done = served.generate([rng.integers(0, TINY.vocab_size, 9).tolist()] * 3, GenerationParams(max_new_tokens=8))
+    assert {len(one.ids) for one in done} == {8}
+    assert served._slots.kv.layers[0].k.dtype == jnp.int8
+    at_rest(served)
+
+
+def test_a_windowed_model_gives_back_what_is_behind(tiny, rng):
+    """Every layer attends to 8 tokens: no more than a few pages a row, however long it gets."""
+    model, params = tiny
+    served = Engine(Windowed(model), params, EngineConfig(**SIZES | dict(num_pages=8, max_seqs=1)))
+    assert not served.config.prefix_cache
+    with pytest.raises(TooLongError):
+        served.add_request([1] * 40, GenerationParams(max_new_tokens=40))
+    [one] = served.generate([rng.integers(0, TINY.vocab_size, 9).tolist()], GenerationParams(max_new_tokens=20))
+    assert len(one.ids) == 20
+    at_rest(served)
+
+
+class Windowed:
+    """A model whose layers all have a window."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, params, tokens, positions, kv):
+        hidden, kv = self.model(params, tokens, positions, _WindowedKV(kv))
+        return hidden, kv.kv
+
+    def logits(self, params, hidden):
+        return self.model.logits(params, hidden)
+
+
+class _WindowedKV:
+    def __init__(self, kv):
+        self.kv = kv
+
+    def attend(self, layer, q, k, v, **options):
+        out, kv = self.kv.attend(layer, q, k, v, window=8, **options)
+        return out, _WindowedKV(kv)
+
+
+def test_names_are_public():
+    assert {"Engine", "EngineConfig", "GenerationParams", "Stats", "Update"} <= set(paxattn.__all__)
