@@ -8,6 +8,7 @@ is NaN.
 """
 
 from functools import partial
+from math import gcd
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from paxattn.kernels.tpu_tiles import NN, NT, VMEM_BYTES, dot, pipeline
 MOST_ENTRIES = 2**15  # of a row, two of which are in SMEM
 MOST_RESIDENT = 2**16  # entries of a page table that is in SMEM as a whole
 COPIES_AT_ONCE = 8
+HEADS_AT_ONCE = 4  # of many queries
+TILE = 512  # of their scores, each way
 COLUMNS = 2048  # of scores, which few queries take in at a time
 NEVER = float(jnp.finfo(jnp.float32).min)  # a maximum that nothing stays below; finite, so that differences are
 
@@ -42,6 +45,7 @@ def paged_attention(
     q, k, v, page_table, kv_lens, cu_q_lens, sinks = online_softmax.vary_like(arrays, *jax.tree.leaves(arrays))
     if page_table.size > MOST_RESIDENT:
         page_table = jnp.pad(page_table, ((0, 0), (0, -width % LANES))).reshape(rows, -1, LANES)
+    q = _scaled(q, scale, softcap)
     parts = []
     for config in [few_config(problem)] + [many_config(problem)] * (longest > problem.few):
         work = cut(problem, config, kv_lens, cu_q_lens)
@@ -75,10 +79,10 @@ class Refs(NamedTuple):
     resident: Any  # [R*M] the page table, where it fits
     # inputs
     q: Any  # [A,Q,D]
-    token: Any  # [Q,1] the place of a row of q in its tile, and its head of K
-    head: Any  # [Q,1]
-    key: Any  # [1,S] the place of a column of scores in its block, and its head of K; with a joint config [1,S*K]
-    key_head: Any  # [1,S]
+    token: Any  # [Q,1] the place of a row of q in its tile; without a joint config all [Q,1] here are [1,Q]
+    head: Any  # [Q,1] its head of K
+    key: Any  # [1,S*K] the place of a column of joint scores in its block, and its head of K
+    key_head: Any  # [1,S*K]
     sinks: Any  # [A,Q,1] or None
     k: Any  # [N,P,K,D] in HBM, as v and table
     v: Any  # [N,P,K,D]
@@ -88,10 +92,11 @@ class Refs(NamedTuple):
     lse: Any  # [A,Q,1]
     # scratch
     kv: Any  # [2,2,S,K,D] two blocks of keys and values
-    apart: Any  # [2,K,S,D] one, head by head; None with a joint config
+    k_apart: Any  # [K,S,D] one, head by head; None with a joint config, as v_apart
+    v_apart: Any  # [K,D,S]
     m: Any  # [A,Q,1] the state of the softmax, in base 2
     l: Any  # [A,Q,1]
-    acc: Any  # [A,Q,D]
+    acc: Any  # [A,Q,D], without a joint config [A,D,Q]
     entries: Any  # [2,C,128] lines of the table, in SMEM, where it is not resident
     turn: Any  # [1] blocks computed, in SMEM
     arrived: Any  # [2] semaphores: pages, by block
@@ -101,49 +106,61 @@ class Refs(NamedTuple):
 def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tuple[Array, Array]:
     """Tiles q [W,A,Q,D] -> out [W,A,Q,D], lse float32 [W,A,Q,1]; arbitrary for tiles that are not there."""
     count, sets, queries, dim = q.shape
-    block, heads, width = config.block(problem), problem.kv_heads, problem.kv_heads // sets
-    index = jnp.arange(queries)[:, None] // problem.group
-    column = jnp.arange(block * width)[None, :]
-    labels = index % config.tile, index // config.tile, column // width, column % width
+    block, heads = config.block(problem), problem.kv_heads
+    standing = lambda x: x if config.joint else x.swapaxes(-1, -2)
+    index = standing(jnp.arange(queries)[:, None] // problem.group)
+    labels: tuple[Array | None, ...] = (index % config.tile, None, None, None)
+    if config.joint:
+        column = jnp.arange(block * heads)[None, :]
+        labels = index % config.tile, index // config.tile, column // heads, column % heads
     if sinks is not None:
         by_head = sinks.astype(jnp.float32).reshape(heads, 1, problem.group) * LOG2E
-        sinks = jnp.broadcast_to(by_head, (heads, config.tile, problem.group)).reshape(sets, queries, 1)
+        sinks = standing(jnp.broadcast_to(by_head, (heads, config.tile, problem.group)).reshape(sets, queries, 1))
     resident = table.ndim == 2
     plan = work.row, work.position, work.queries, work.total, table.reshape(-1) if resident else jnp.zeros(1, jnp.int32)
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     # Tiles that are not there stay on the last block, which is so copied once.
-    spec = lambda size: pl.BlockSpec(
-        (None, sets, queries, size),
-        lambda i, row, position, queries, n, _: (jnp.maximum(jnp.minimum(i, n[0] - 1), 0), 0, 0, 0),
+    spec = lambda shape: pl.BlockSpec(
+        (None, *shape),
+        lambda i, row, position, queries, n, _: (jnp.maximum(jnp.minimum(i, n[0] - 1), 0), *[0] * len(shape)),
     )
-    state = (sets, queries)
+    state = (sets, queries, 1) if config.joint else (sets, 1, queries)
     shape = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
-    return pl.pallas_call(
+    out, lse = pl.pallas_call(
         partial(_kernel, problem, config),
         name="paged_attention_few" if config.joint else "paged_attention_many",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan),
             grid=(count,),
-            in_specs=(spec(dim), *[whole] * 4, None if sinks is None else whole, hbm, hbm, None if resident else hbm),
-            out_specs=(spec(dim), spec(1)),
+            in_specs=(
+                spec(q.shape[1:]),
+                *(None if x is None else whole for x in labels),
+                None if sinks is None else whole,
+                hbm,
+                hbm,
+                None if resident else hbm,
+            ),
+            out_specs=(spec(q.shape[1:]), spec(state)),
             scratch_shapes=(
                 pltpu.VMEM((2, 2, block, heads, dim), k.dtype),
-                None if config.joint else pltpu.VMEM((2, heads, block, dim), k.dtype),
-                pltpu.VMEM((*state, 1), jnp.float32),
-                pltpu.VMEM((*state, 1), jnp.float32),
-                pltpu.VMEM((*state, dim), jnp.float32),
+                None if config.joint else pltpu.VMEM((heads, block, dim), k.dtype),
+                None if config.joint else pltpu.VMEM((heads, dim, block), k.dtype),
+                pltpu.VMEM(state, jnp.float32),
+                pltpu.VMEM(state, jnp.float32),
+                pltpu.VMEM((sets, queries, dim) if config.joint else (sets, dim, queries), jnp.float32),
                 None if resident else pltpu.SMEM((2, *table.shape[1:]), jnp.int32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
             ),
         ),
-        out_shape=(shape(q.shape, q.dtype), shape((count, *state, 1), jnp.float32)),
+        out_shape=(shape(q.shape, q.dtype), shape((count, *state), jnp.float32)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
-    )(*plan, q, *(x.astype(jnp.int32) for x in labels), sinks, k, v, None if resident else table)
+    )(*plan, q, *(None if x is None else x.astype(jnp.int32) for x in labels), sinks, k, v, None if resident else table)
+    return out, standing(lse)
 
 
 def _kernel(problem: Problem, config: Config, *refs) -> None:
@@ -299,10 +316,22 @@ class Kernel(NamedTuple):
         if self.config.joint:
             self._update_jointly(position, kv[0], kv[1])
             return
-        refs.apart[0] = kv[0].swapaxes(0, 1)
-        refs.apart[1] = kv[1].swapaxes(0, 1)
-        seen = self._in_sight(refs.key[...], position + refs.token[...])
-        pl.loop(0, self.problem.kv_heads)(lambda a: self._update(a, seen, refs.apart[0, a], refs.apart[1, a]))
+        refs.k_apart[...] = kv[0].swapaxes(0, 1)
+        refs.v_apart[...] = kv[1].transpose(1, 2, 0)
+        whole = self._sees_all(i, block)
+        heads = gcd(self.problem.kv_heads, HEADS_AT_ONCE)
+        for masked in (False, True):
+            visit = partial(self._update_apart, position if masked else None, heads)
+            pl.when(whole != masked)(partial(pl.loop(0, self.problem.kv_heads, step=heads), visit))
+
+    def _sees_all(self, i, block) -> Array:
+        """Whether all queries of the tile see all keys of a block that has all its pages."""
+        refs, problem, room = self.refs, self.problem, self.config.block(self.problem)
+        first = refs.position[i] - self._pages(i, block)[0] * problem.page_size
+        found = (self.config.pages * problem.page_size == room) & (first >= room - 1)
+        if problem.left is not None:
+            found &= first + self.config.tile - 1 - problem.left <= 0
+        return found
 
     def _in_sight(self, key, query) -> Array:
         """Whether a query sees a key, by their places in the block."""
@@ -322,7 +351,10 @@ class Kernel(NamedTuple):
                 seen = jnp.where(self._in_sight(key, position), head, -1) == refs.head[...]
             else:
                 seen = self._in_sight(key, position + refs.token[...]) & (head == refs.head[...])
-            return jnp.where(seen, _scaled(self.problem, dot(q, flat(k, at), NT)), -jnp.inf)
+            s = dot(q, flat(k, at), NT)
+            if self.problem.softcap is not None:
+                s = jnp.tanh(s) * (self.problem.softcap * LOG2E)
+            return jnp.where(seen, s, -jnp.inf)
 
         def softmax(_, s):
             nonlocal m, l
@@ -339,15 +371,47 @@ class Kernel(NamedTuple):
         pipeline(range(0, len(k), size), (scores, softmax, accumulate))
         refs.m[0], refs.l[0], refs.acc[0] = m, l, acc
 
-    def _update(self, a, seen, k, v) -> None:
-        """Take keys and values [S,D] into the state of a set; seen [Q,S]."""
-        refs = self.refs
-        s = jnp.where(seen, _scaled(self.problem, dot(refs.q[a], k, NT)), -jnp.inf)
-        m = jnp.maximum(refs.m[a], s.max(axis=1, keepdims=True))
-        p, fade = jnp.exp2(s - m), jnp.exp2(refs.m[a] - m)
-        refs.m[a] = m
-        refs.l[a] = refs.l[a] * fade + p.sum(axis=1, keepdims=True)
-        refs.acc[a] = refs.acc[a] * fade + dot(p.astype(v.dtype), v, NN)
+    def _update_apart(self, position, heads: int, first) -> None:
+        """Take the keys of a block into the states of some heads, tile by tile, as in `tpu_flash_fwd`: S^T = K Q^T.
+
+        position: of the first query in the block, where not all see all.
+        """
+        refs, softcap = self.refs, self.problem.softcap
+        room, rows = self.config.block(self.problem), self.config.queries(self.problem)
+        items = [(j, q, kv) for kv in range(0, room, TILE) for j in range(heads) for q in range(0, rows, TILE)]
+        columns = {q: pl.ds(q, min(TILE, rows - q)) for q in range(0, rows, TILE)}
+        keys = {kv: pl.ds(kv, min(TILE, room - kv)) for kv in range(0, room, TILE)}
+        m = {(j, q): refs.m[first + j, :, columns[q]] for j, q, _ in items}
+        l = {(j, q): refs.l[first + j, :, columns[q]] for j, q, _ in items}
+
+        def scores(item, _):
+            j, q, kv = item
+            s = dot(refs.k_apart[first + j, keys[kv]], refs.q[first + j, columns[q]], NT)
+            if softcap is not None:
+                s = jnp.tanh(s) * (softcap * LOG2E)
+            if position is None:
+                return s
+            key = lax.broadcasted_iota(jnp.int32, s.shape, 0) + kv
+            return jnp.where(self._in_sight(key, position + refs.token[:, columns[q]]), s, -jnp.inf)
+
+        def softmax(item, s):
+            state = item[:2]
+            old = m[state]
+            m[state] = jnp.maximum(old, s.max(axis=0, keepdims=True))
+            p, fade = jnp.exp2(s - m[state]), jnp.exp2(old - m[state])
+            l[state] = l[state] * fade + p.sum(axis=0, keepdims=True)
+            return p, fade
+
+        def accumulate(item, weights):
+            j, q, kv = item
+            p, fade = weights
+            at = first + j, slice(None), columns[q]
+            refs.acc[at] = refs.acc[at] * fade + dot(refs.v_apart[first + j, :, keys[kv]], p, NN)
+
+        pipeline(items, (scores, softmax, accumulate))
+        for j, q in m:
+            refs.m[first + j, :, columns[q]] = m[j, q]
+            refs.l[first + j, :, columns[q]] = l[j, q]
 
     def _finish(self) -> None:
         """Write what the states have come to; 0 and -inf for queries that saw nothing."""
@@ -359,12 +423,12 @@ class Kernel(NamedTuple):
             fade = jnp.exp2(m - top)
             m, l = top, l * fade + jnp.exp2(refs.sinks[...] - top)
         weight = jnp.where(seen, fade / jnp.where(seen, l, 1.0), 0.0)
-        refs.out[...] = (refs.acc[...] * weight).astype(refs.out.dtype)
+        out = refs.acc[...] * weight
+        refs.out[...] = (out if self.config.joint else out.swapaxes(1, 2)).astype(refs.out.dtype)
         refs.lse[...] = jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf)
 
 
-def _scaled(problem: Problem, s: Array) -> Array:
-    """What exp2 sees."""
-    if problem.softcap is None:
-        return s * (problem.scale * LOG2E)
-    return jnp.tanh(s * (problem.scale / problem.softcap)) * (problem.softcap * LOG2E)
+def _scaled(q: Array, scale: float, softcap: float | None) -> Array:
+    """For the kernel, so that its products are what exp2 sees or, with a soft cap, what tanh does."""
+    factor = scale * LOG2E if softcap is None else scale / softcap
+    return (q.astype(jnp.float32) * factor).astype(q.dtype)
