@@ -55,7 +55,7 @@ def call(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
     if implementation is not None:
         return load(op, implementation)(*args, **kwargs)
     declined = []
-    for name in ORDER.get(jax.default_backend(), ("xla",)):
+    for name in ORDER.get(_platform(), ("xla",)):
         if (op, name) in BY_NAME:
             continue
         try:
@@ -63,6 +63,12 @@ def call(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         except NotImplementedError as reason:
             declined.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op}: every implementation declines. {'; '.join(declined)}")
+
+
+def _platform() -> str:
+    """Of the device that arrays come to be on, unless they are put elsewhere."""
+    device = jax.config.jax_default_device
+    return getattr(device, "platform", device) or jax.default_backend()
 
 
 def load(op: str, implementation: str) -> Callable[..., Any]:

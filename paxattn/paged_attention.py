@@ -55,6 +55,8 @@ def paged_attention(
     """
     _check(q, pages, page_table, kv_lens, cu_q_lens, sinks, max_q_len)
     if shared_prefix_len is not None:
+        if isinstance(shared_prefix_len, int):
+            shared_prefix_len = min(shared_prefix_len, jnp.iinfo(jnp.int32).max)
         shared_prefix_len = jnp.asarray(shared_prefix_len)
         checks.check_ints("shared_prefix_len", shared_prefix_len, (), "")
         shared_prefix_len = jnp.maximum(shared_prefix_len.astype(jnp.int32), 0)

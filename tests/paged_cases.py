@@ -112,6 +112,12 @@ HARD = [
     _hard("nothing_but_padding", kv_lens=(0, 4), queries="one or none", padding=3),
     _hard("rows_without_keys", kv_lens=(0, 0, 3, 0), sinks=True, dtype="float16"),
     _hard("sixteen_tokens", group=4, queries="some", kv_lens=(20, 300)),
+    *(
+        _hard(f"pairs_of_heads_g{group}_{queries}", dim=64, kv_heads=4, group=group, queries=queries, sinks=group == 2)
+        for group in (1, 2, 4)
+        for queries in ("one", "some")
+    ),
+    *(_hard(f"eight_heads_d{dim}", dim=dim, kv_heads=8, kv_lens=(3000, 40, 1000)) for dim in (64, 128)),
     _hard("scale_negative", scale=-0.2),
     _hard("scale_zero", scale=0.0, dtype="float16"),
     _hard("window_huge", window=2**31 - 1),

@@ -90,12 +90,13 @@ def check(case, inputs, plain_inputs=None):
         assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip((got, lse), again, strict=True))
 
 
-def prefix_case(rng, q_lens, prefix, own):
+def prefix_case(rng, q_lens, prefix, own, heads=(8, 2, 128), page_size=16, sinks=False):
     """Rows whose first `prefix` tokens stand in the same pages."""
-    case = PagedCase("prefix", q_lens, tuple(prefix + n for n in own), (8, 2, 128), 16, padding=3)
+    kv_lens = tuple(prefix + n for n in own)
+    case = PagedCase("prefix", q_lens, kv_lens, heads, page_size, padding=3, sinks=sinks)
     inputs = paged_inputs(case, rng, "bfloat16")
     table = np.array(inputs["page_table"])
-    table[:, : prefix // 16] = table[0, : prefix // 16]
+    table[:, : prefix // page_size] = table[0, : prefix // page_size]
     if not q_lens[0]:
         table[0] = -1  # a row without queries, whose entries nobody may look at
     return case, inputs | dict(page_table=jnp.asarray(table))
@@ -105,12 +106,34 @@ def prefix_case(rng, q_lens, prefix, own):
 @pytest.mark.parametrize("q_lens", [(1,) * 9, (0, 1, 1, 1), (40, 1, 300, 2)])
 def test_a_shared_prefix_changes_no_result_beyond_rounding(q_lens, prefix, rng):
     case, inputs = prefix_case(rng, q_lens, prefix, [n + 5 * i for i, n in enumerate(q_lens)])
+    check_prefix(case, inputs, prefix)
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "sinks", "own"),
+    [
+        ((8, 2, 64), 16, False, (1, 6, 200)),
+        ((6, 3, 80), 16, True, (1, 6, 200)),
+        ((8, 1, 256), 256, True, (1, 6, 300)),
+        ((160, 8, 128), 32, False, (1, 6, 40)),  # one part
+    ],
+)
+def test_a_shared_prefix_of_other_heads_and_pages(heads, page_size, sinks, own, rng):
+    check_prefix(*prefix_case(rng, (1, 1, 1), 1024, own, heads, page_size, sinks), 1024)
+
+
+def test_a_shared_prefix_beside_a_row_of_nothing_is_none(rng):
+    case = PagedCase("nothing", (1, 1), (0, 40), (8, 2, 128), 16, padding=3)
+    check_prefix(case, paged_inputs(case, rng, "bfloat16"), 32)
+
+
+def check_prefix(case, inputs, prefix):
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
     want, want_lse = (np.asarray(x) for x in oracle(case, exact))
     plainly, _ = run(case, inputs, GPU)
-    shared = replace(case, options=dict(shared_prefix_len=prefix, max_q_len=max(q_lens)))
+    shared = replace(case, options=dict(shared_prefix_len=prefix, max_q_len=max(case.q_lens)))
     got, lse = run(shared, inputs, GPU)
-    tokens = sum(q_lens)
+    tokens = sum(case.q_lens)
     np.testing.assert_allclose(lse[:, :tokens], want_lse[:, :tokens], atol=2e-3, rtol=1e-3)
     assert np.isneginf(lse[:, tokens:]).all()
     assert not np.asarray(got, np.float32)[tokens:].any()

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections import defaultdict
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,22 +52,19 @@ def plans(rng, count):
         if i % 5 == 0:
             kv_lens[rng.integers(rows)] = 20000
         left = None if rng.random() < 0.6 else int(rng.choice([0, 5, 64, 200]))
-        kv_heads, workers = int(rng.integers(1, 9)), int(rng.choice([1, 3, 8, 264]))
+        kv_heads, workers = int(rng.integers(1, 9)), int(rng.choice([1, 3, 8, 128, 256, 264]))
         shape = int(q_lens.sum()), 2 * kv_heads, kv_heads, 128, 16, int(rng.integers(1, 4))
         problem, config = Problem(*shape, left, 1.0, None), Config(int(rng.choice([64, 128])), 6)
-        config = replace(config, late=int(rng.integers(0, 5)), small=int(rng.integers(1, 5)))
-        yield Plan(problem, config, workers, kv_lens, np.cumsum([0, *q_lens]))
+        skipped = None if left is not None or i % 3 else [int(rng.integers(0, max(1, (kv_lens - q_lens).min()) + 1))]
+        yield Plan(problem, config, workers, kv_lens, np.cumsum([0, *q_lens]), skipped)
 
 
-def items_of(plan, unit):
-    item = plan.start(np.int64(unit))
-    if not item.blocks:
-        return
-    yield item
-    while not item.ends_piece:
-        item = plan.next(item)
+def items_of(plan, worker):
+    item = plan.start(np.int64(worker))
+    while item.blocks > 0:
         yield item
-    assert item.unread == item.blocks
+        item = plan.next(item)
+    assert item.unread == 0
 
 
 def visible_blocks(plan, row):
@@ -76,51 +72,43 @@ def visible_blocks(plan, row):
     q_len, kv_len = plan.cu_q_lens[row + 1] - plan.cu_q_lens[row], plan.kv_lens[row]
     if not 0 < q_len <= plan.problem.max_q_len:
         return []
-    first = 0 if plan.problem.left is None else max(0, kv_len - q_len - plan.problem.left)
+    first = plan.skipped[0] if plan.skipped else 0
+    first = first if plan.problem.left is None else max(first, kv_len - q_len - plan.problem.left)
     return sorted({position // plan.config.block for position in range(first, kv_len)}) or [first // plan.config.block]
 
 
 @pytest.mark.usefixtures("unchecked", "_warp")
-def test_every_block_is_read_once(rng):
+def test_every_block_is_read_once_and_the_shares_are_equal(rng):
     for plan in plans(rng, 25):
-        read = defaultdict(list)
-        for unit in range(plan.units):
-            for item in items_of(plan, unit):
+        read, shares = defaultdict(list), []
+        for worker in range(plan.workers):
+            items = list(items_of(plan, worker))
+            shares.append(sum(int(item.blocks) for item in items))
+            for item in items:
                 read[int(item.row), int(item.head)] += range(int(item.block), int(item.block + item.blocks))
         heads = range(plan.problem.kv_heads)
         wanted = {(r, h): blocks for r in range(plan.rows) if (blocks := visible_blocks(plan, r)) for h in heads}
         assert read == wanted
-        assert not any(True for unit in (plan.units, plan.units + plan.workers) for _ in items_of(plan, unit))
-
-
-@pytest.mark.usefixtures("unchecked", "_warp")
-def test_workers_begin_with_equal_shares_and_the_others_are_small(rng):
-    for plan in plans(rng, 25):
-        sizes = [sum(int(item.blocks) for item in items_of(plan, unit)) for unit in range(plan.units)]
-        shares, late = sizes[: plan.workers], sizes[plan.workers :]
-        if sum(sizes) >= plan.workers:
-            assert len(set(shares)) == 1
-            assert max(late) <= max(1, -(-sum(late) // (plan.config.small * plan.workers)))
-            assert sum(late) <= sum(sizes) * plan.config.late / 16 + 17 * plan.workers
+        assert max(shares) - min(shares) <= 1
 
 
 @pytest.mark.usefixtures("unchecked", "_warp")
 def test_the_parts_of_an_item_are_of_neighbours_and_have_places_of_their_own(rng):
     for plan in plans(rng, 25):
         parts, places, counters = defaultdict(list), [], set()
-        for unit in range(plan.units):
-            for item in items_of(plan, unit):
+        for worker in range(plan.workers):
+            for item in items_of(plan, worker):
                 first, last = map(int, plan.parts(item))
-                assert item.piece == unit // plan.team
+                team = worker // plan.team
                 assert item.whole == (first == last)
-                assert first <= item.piece <= last
-                assert plan.unit(item.piece, item) == unit
+                assert first <= team <= last
+                assert plan.worker(team, item) == worker
                 if not item.whole:
-                    parts[int(item.row), int(item.head), first, last, unit % plan.team].append(int(item.piece))
-                    places.append(2 * unit + (item.piece == first))
+                    parts[int(item.row), int(item.head), first, last, worker % plan.team].append(team)
+                    places.append(2 * worker + (team == first))
         assert len(places) == len(set(places))
-        for (*_, first, last, member), pieces in parts.items():
-            assert pieces == list(range(first, last + 1))
+        for (*_, first, last, member), teams in parts.items():
+            assert teams == list(range(first, last + 1))
             counters.add((first, member))
         assert len(counters) == len(parts)
 
@@ -128,16 +116,41 @@ def test_the_parts_of_an_item_are_of_neighbours_and_have_places_of_their_own(rng
 @pytest.mark.usefixtures("unchecked", "_warp")
 def test_a_team_reads_the_same_blocks_of_neighbouring_heads(rng):
     for plan in plans(rng, 12):
-        for start in range(0, plan.units, plan.team):
-            of_members = [list(items_of(plan, start + member)) for member in range(plan.team)]
+        for team in range(plan.teams):
+            of_members = [list(items_of(plan, team * plan.team + member)) for member in range(plan.team)]
             for items in zip(*of_members, strict=True):
                 assert len({(int(item.row), int(item.block), int(item.blocks)) for item in items}) == 1
                 assert [int(item.head - items[0].head) for item in items] == list(range(plan.team))
 
 
-@pytest.mark.parametrize(("kv_heads", "team"), [(1, 1), (2, 2), (7, 1), (8, 8), (12, 12), (32, 8), (40, 8)])
-def test_the_workers_of_132_multiprocessors_form_teams(kv_heads, team):
-    assert Problem(64, 4 * kv_heads, kv_heads, 128, 16, 1, None, 1.0, None).team(264) == team
+@pytest.mark.parametrize(("kv_heads", "team"), [(1, 1), (2, 2), (7, 1), (8, 8), (12, 4), (32, 32), (40, 8)])
+def test_the_workers_of_128_blocks_form_teams(kv_heads, team):
+    assert Problem(64, 4 * kv_heads, kv_heads, 128, 16, 1, None, 1.0, None).team(256) == team
+
+
+@pytest.mark.parametrize(("multiprocessors", "blocks"), [(132, 128), (114, 114), (78, 78), (128, 128), (1, 1)])
+def test_blocks_are_a_power_of_two_where_few_multiprocessors_are_left_over(multiprocessors, blocks):
+    assert gpu_paged_plan.blocks(multiprocessors) == blocks
+
+
+@pytest.mark.parametrize(
+    ("dim", "kv_heads", "group", "max_q_len", "pairs"),
+    [(64, 8, 4, 1, 2), (64, 2, 16, 2, 2), (64, 2, 16, 3, 1), (64, 3, 1, 1, 1), (128, 8, 4, 1, 1), (80, 8, 1, 1, 1)],
+)
+def test_pairs_of_heads_of_64_columns_are_read_as_one_where_their_queries_fit(dim, kv_heads, group, max_q_len, pairs):
+    problem = Problem(64, group * kv_heads, kv_heads, dim, 16, max_q_len, None, 1.0, None)
+    read_as = gpu_paged_plan.abreast(problem)
+    assert (read_as.abreast, read_as.kv_heads, read_as.head_dim) == (pairs, kv_heads // pairs, dim * pairs)
+    assert read_as.packed == pairs * problem.packed <= gpu_blocks.ROWS
+    assert read_as.heads == problem.heads
+
+
+@pytest.mark.usefixtures("unchecked", "_warp")
+def test_one_long_row_is_shared_by_all_workers():
+    problem = Problem(64, 32, 8, 128, 16, 1, None, 1.0, None)
+    plan = Plan(problem, Config(64, 6), 264, np.array([131072] + [512] * 63), np.arange(65))
+    shares = [sum(int(item.blocks) for item in items_of(plan, worker)) for worker in range(264)]
+    assert max(shares) - min(shares) <= 1
 
 
 def test_compressed_blocks_in_flight_fit_and_are_enough():
@@ -158,4 +171,4 @@ def test_what_is_in_flight_fits_and_is_enough():
         ring = config.warpgroups * config.slots * config.block * dim * 2
         queries = config.warpgroups * gpu_blocks.ROWS * dim * 2
         assert ring + queries <= gpu_paged_plan.SHARED_BYTES
-        assert ring - config.warpgroups * 2 * config.block * dim * 2 >= 64 * 1024
+        assert ring - config.warpgroups * config.block * dim * 2 >= 32 * 1024

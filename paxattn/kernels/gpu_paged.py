@@ -20,6 +20,7 @@ from paxattn.kernels import (
     hopper,
     online_softmax,
     tiles,
+    xla_pages,
 )
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
@@ -44,7 +45,8 @@ def paged_attention(
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     compressed = pages.k_scale is not None
     if compressed and longest > few:
-        raise NotImplementedError(f"{longest} queries a row: 'mosaic_gpu' serves {few} where pages are compressed")
+        hint = "max_q_len is not given" if max_q_len is None else f"max_q_len {longest}"
+        raise NotImplementedError(f"{hint}: 'mosaic_gpu' serves {few} queries a row where pages are compressed")
     # Of a window the prefix may be no part, and what reads a prefix reads no compressed pages.
     shared = shared_prefix_len is not None and left is None and not compressed
     skipped = _before_all(shared_prefix_len, kv_lens, cu_q_lens)[None] if shared else None
@@ -67,8 +69,8 @@ def _attend(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bo
 def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
     """prefix_len, or less where new tokens of some row would be in the prefix, of which every query sees all."""
     q_lens = jnp.diff(cu_q_lens)
-    old = jnp.where(q_lens > 0, kv_lens - q_lens, jnp.iinfo(jnp.int32).max)
-    return jnp.clip(prefix_len, 0, jnp.maximum(old.min(), 0))
+    old = jnp.where(q_lens > 0, kv_lens - q_lens, jnp.iinfo(jnp.int32).max).min()
+    return jnp.clip(prefix_len, 0, jnp.where(cu_q_lens[-1] > 0, jnp.maximum(old, 0), 0))
 
 
 def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
@@ -161,9 +163,17 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
     given = *into, *tokens, slots
     arrays = online_softmax.vary_like((into, tokens, slots), *given)
-    write = jax.custom_batching.sequential_vmap(functools.partial(gpu_paged_write.write, multiprocessors()))
+    write = jax.custom_batching.custom_vmap(functools.partial(gpu_paged_write.write, multiprocessors()))
+    write.def_vmap(_write_under_vmap)
     written = write(*arrays)
     return jax.tree.unflatten(structure, online_softmax.vary_like(written, *given))
+
+
+def _write_under_vmap(size: int, batched: Any, *arrays: Any) -> tuple[Any, Any]:
+    """By XLA, which writes all of them in place at once; a kernel call after the other would copy each."""
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched))
+    written = jax.vmap(xla_pages.write_pages, axes, axis_size=size)(*arrays)
+    return written, jax.tree.map(lambda _: True, written)
 
 
 write_compressed_pages = write_pages

@@ -434,7 +434,8 @@ class Consumer:
         higher = reduce(jnp.maximum, lses, jnp.full_like(lse, NEVER))
         weights = [jnp.exp2(x - higher) for x in lses]
         whole = reduce(jnp.add, weights)
-        shares = [hopper_lanes.along(x / whole, o.shape, layout) for x in weights]
+        once = jnp.where(whole == 0, 0.0, 1 / whole)
+        shares = [hopper_lanes.along(x * once, o.shape, layout) for x in weights]
         terms = (x.astype(jnp.float32) * share for x, share in zip(others, shares[1:], strict=True))
         return reduce(jnp.add, terms, o * shares[0]), higher + jnp.log2(whole)
 
