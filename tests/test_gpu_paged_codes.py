@@ -122,7 +122,7 @@ def test_blocks_of_compressed_keys_and_values(rng):
         plan = SimpleNamespace(problem=problem, config=config, skipped=None)
         lengths = dict(blocks=-(-kv_len // config.block) - first, begin=begin, kv_len=kv_len, q_len=q_len)
         item = SimpleNamespace(block=first, q_start=0, head=0, **lengths)
-        consumer = gpu_paged_codes.CodeConsumer(plan, 0, 0, smem, Ref(q), *[None] * 6)
+        consumer = gpu_paged_codes.CodeConsumer(plan, 0, 0, smem, Ref(q), *[None] * 8)
         if dim < problem.columns:
             consumer.clear_tiles()
         consumer.load_queries(item)

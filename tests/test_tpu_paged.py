@@ -83,7 +83,7 @@ def test_writes_what_xla_writes(slots, tokens, page_size, rng, monkeypatch):
     [
         ((3, 8, 2, 64), "float32", "heads of 64"),
         ((3, 8, 1, 128), "float32", "1 heads"),
-        ((3, 8, 2, 128), "int8", "int8"),
+        ((3, 8, 2, 128), "int8", "write_compressed_pages"),
     ],
 )
 def test_pages_that_cannot_be_written_in_place_are_declined(shape, dtype, feature):
