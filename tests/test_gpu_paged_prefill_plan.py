@@ -1,7 +1,9 @@
-"""What the paged prefill kernel visits, with its own code run in NumPy."""
+"""What the paged prefill kernel visits, with its own code run in NumPy; how the parts of a prefix merge."""
 
 import itertools
+from functools import partial
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_gpu_plan import DIMS, Grid
@@ -10,6 +12,7 @@ from paxattn.kernels import (
     gpu_blocks,
     gpu_flash_fwd,
     gpu_flash_fwd_plan,
+    gpu_paged,
     gpu_paged_prefill,
     gpu_paged_prefill_plan,
 )
@@ -87,3 +90,23 @@ def check(problem, config, item, q_len, skipped):
         for j, masked in steps:
             first = start + (blocks - 1 - j) * size
             assert masked or seen[which * ROWS : (which + 1) * ROWS, first : first + size].all()
+
+
+def test_results_over_parts_of_the_keys_merge_to_that_over_all(rng):
+    tokens, heads, dim, parts, keys = 5, 3, 4, 3, 7
+    scores = rng.normal(size=(parts + 1, tokens, heads, keys))
+    values = rng.normal(size=(*scores.shape, dim))
+
+    def attend(s, v):
+        p = np.exp(s)
+        return (p[..., None] * v).sum(axis=2) / p.sum(axis=2)[..., None], np.log(p.sum(axis=2)).T
+
+    (own, own_lse), *others = [attend(*part) for part in zip(scores, values, strict=True)]
+    outs, lses = np.stack([x for x, _ in others]), np.stack([x for _, x in others], axis=1)
+    own[-1], own_lse[:, -1], outs[:, -1], lses[..., -1] = 0, -np.inf, np.nan, np.nan  # a token of the padding
+    exact = partial(jnp.asarray, dtype=jnp.float32)
+    merged = gpu_paged._merge((exact(own), exact(own_lse)), (exact(outs), exact(lses)), jnp.int32(tokens - 1))
+    want, want_lse = attend(*(np.concatenate(list(x), axis=2) for x in (scores, values)))
+    want[-1], want_lse[:, -1] = 0, -np.inf
+    np.testing.assert_allclose(merged[0], want, atol=1e-6)
+    np.testing.assert_allclose(merged[1], want_lse, atol=1e-6)
