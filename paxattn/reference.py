@@ -6,6 +6,8 @@ It shares nothing with the kernels and is meant to be read, not to be fast.
 import jax
 import jax.numpy as jnp
 
+TOKENS_AT_ONCE = 8  # of paged attention: each has all its keys for itself
+
 
 def flash_attention(q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, right, scale, softcap, deterministic):
     """[B,T,H,D], [B,S,K,D], [B,S,K,Dv] -> [B,T,H,Dv], lse [B,H,T]; arguments as in paxattn.flash_attention."""
@@ -27,7 +29,8 @@ def paged_attention(q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, sc
     capacity = page_table.shape[1] * page_size
     slot = jnp.arange(capacity)
 
-    def one_token(t, q):
+    def one_token(token):
+        t, q = token
         row = jnp.searchsorted(cu_q_lens, t, side="right") - 1
         row = jnp.clip(row, 0, kv_lens.shape[0] - 1)
         position = kv_lens[row] - cu_q_lens[row + 1] + t
@@ -39,7 +42,7 @@ def paged_attention(q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, sc
         out, lse = _attention(q[None], k, v, sinks, seen[None], scale, softcap)
         return out[0], lse[:, 0]
 
-    out, lse = jax.vmap(one_token)(jnp.arange(q.shape[0]), q)
+    out, lse = jax.lax.map(one_token, (jnp.arange(q.shape[0]), q), batch_size=TOKENS_AT_ONCE)
     return out, lse.T
 
 

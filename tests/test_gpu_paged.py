@@ -140,6 +140,20 @@ def check_prefix(case, inputs, prefix):
     assert error(got, want) <= 1.5 * error(plainly, want) + 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (3, 80), (1, 64), (2, 96), (5, 256)])
+def test_writes_are_those_of_xla_bit_for_bit(kv_heads, dim, dtype, rng):
+    """To slots in any order, some of them none."""
+    tokens, pages = 203, init_pages(40, 16, kv_heads, dim, dtype)
+    slots = jnp.where(rng.random(tokens) < 0.2, -1, rng.permutation(40 * 16)[:tokens])
+    slots = slots.at[:3].set([40 * 16, 2**31 - 1, -(2**31)])
+    k, v = (jnp.asarray(rng.normal(size=(tokens, kv_heads, dim)), jnp.bfloat16) for _ in range(2))
+    kernel, xla = (jax.jit(partial(write_pages, implementation=name), donate_argnums=0) for name in (GPU, "xla"))
+    got, want = (jax.tree.leaves(write(jax.tree.map(jnp.copy, pages), k, v, slots)) for write in (kernel, xla))
+    assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(got, want, strict=True))
+    assert np.asarray(got[0], np.float32).any()
+
+
 def test_a_loop_of_a_thousand_steps_neither_copies_pages_nor_asks_the_host(rng):
     rows, page_size, kv_heads, heads, dim, steps = 5, 16, 2, 8, 128, 1000
     lens = jnp.asarray([1, 16, 17, 300, 31])
