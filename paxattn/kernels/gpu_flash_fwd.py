@@ -453,9 +453,7 @@ class Consumer:
         plgpu.barrier_wait(self.smem["q_full"].at[self.wg])
         if not self.config.q_in_registers:
             return []
-        q = hopper.load(self.smem["q"][1].at[self.wg])
-        plgpu.barrier_arrive(self.smem["q_free"].at[self.wg])
-        return [q]
+        return [hopper.load(self.smem["q"][1].at[self.wg])]
 
     def scores(self, q: list[Array], slot, keys: int) -> Array:
         queries = q[0] if q else self.smem["q"][1].at[self.wg]
@@ -463,10 +461,17 @@ class Consumer:
         return hopper.products_t((queries, k if keys == self.config.block_kv else k.at[:, pl.ds(0, keys)]))[0]
 
     def scores_done(self, item: Item, j, slot) -> None:
+        """Give back the keys, and the queries' tile after its last use.
+
+        That is the first block where queries are in registers. To give it back as soon as they are loaded is too early:
+        nothing waits for the loads, and now and then TMA was there first.
+        """
         self.release(k_free(self.config, slot))
-        if self.config.q_in_registers:
-            return
-        pl.when(j == item.blocks - 1)(lambda: plgpu.barrier_arrive(self.smem["q_free"].at[self.wg]))
+        free = lambda: plgpu.barrier_arrive(self.smem["q_free"].at[self.wg])
+        if not self.config.q_in_registers:
+            pl.when(j == item.blocks - 1)(free)
+        elif isinstance(j, int):
+            free()
 
     def nothing(self) -> Array:
         width = tiles.cdiv(self.problem.v_dim, CHUNK) * CHUNK
