@@ -292,11 +292,12 @@ class Engine:
         running = dict(self._scheduler.running)
         shape, steps, fed = self._choose(running)
         idle = self.config.max_seqs - (len(running) if self._scheduler.waiting else 0)
-        self._meter.launch(not all(flight.news.steps.is_ready() for flight in self._flights))
+        under_way, start = not all(flight.news.steps.is_ready() for flight in self._flights), time.perf_counter()
         self._slots, news = run(self.model, self.params, self._slots, shape, np.int32(steps), np.int32(idle))
+        self._meter.launch(start, under_way)
         for x in jax.tree.leaves(news):
             x.copy_to_host_async()
-        self._flights.append(_Flight(news, running, steps, fed, time.perf_counter()))
+        self._flights.append(_Flight(news, running, steps, fed, start))
 
     def _choose(self, running: dict[int, Request]) -> tuple[Shape, int, int]:
         """The program for what is left to feed, how many steps of it, and what they feed of prompts at least."""
