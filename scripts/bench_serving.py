@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--draft-tokens", type=int, default=0)
     parser.add_argument("--preemption", choices=("recompute", "swap"), default="recompute")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where compiled programs are kept")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where JAX keeps what it has compiled")
+    parser.add_argument("--programs", type=Path, metavar="DIR", help="where the engine's programs are, or come to be")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after each job")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="rates, and memory over time (needs matplotlib)")
@@ -123,10 +124,12 @@ def new_engine(model: Any, params: Any, work: Workload, options: argparse.Namesp
     return paxattn.Engine(model, params, config)
 
 
-def measure(model: Any, params: Any, work: Workload, options: argparse.Namespace, rates: Any) -> list[Result]:
+def measure(
+    model: Any, params: Any, work: Workload, options: argparse.Namespace, rates: Callable[[], Any]
+) -> list[Result]:
     engine = started(model, params, work, options, options.draft_tokens)
     say(f"{work.name}: the first token {since_start():.1f} s after the start of the process")
-    least = partial(least_seconds, engine, model.config, params, rates, options)
+    least = partial(least_seconds, engine, model.config, params, rates(), options)
     vocab = model.config.vocab_size
     if work.kind:
         engines = {OURS: engine, UNGUESSED: started(model, params, work, options, 0)}
@@ -145,9 +148,18 @@ def started(model: Any, params: Any, work: Workload, options: argparse.Namespace
     """An engine that has compiled everything and drawn a token."""
     start = time.perf_counter()
     engine = new_engine(model, params, work, options, drafts)
-    with Bar(f"{work.name}: compiling") as said:
-        engine.warmup(said)
-    say(f"{work.name}: {engine.num_pages} pages; compiled in {time.perf_counter() - start:.1f} s")
+    made, kept = time.perf_counter(), options.programs and options.programs / f"{work.name}+{drafts}.zip"
+    if kept and kept.exists():
+        engine.restore(kept)
+    else:
+        with Bar(f"{work.name}: compiling") as said:
+            engine.warmup(said)
+    ready = time.perf_counter()
+    say(f"{work.name}: {engine.num_pages} pages in {made - start:.1f} s, programs in {ready - made:.1f} s")
+    if kept and not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        engine.export(kept)
+        say(f"{work.name}: programs written in {time.perf_counter() - ready:.1f} s")
     engine.generate([[1] * 8], paxattn.GenerationParams(max_new_tokens=1))
     return engine
 
@@ -176,6 +188,12 @@ def least_seconds(engine: Any, config: Config, params: Any, rates: Any, options:
     layers = jax.tree.leaves(engine._slots.kv.layers)
     token_bytes = sum(x.nbytes for x in layers) / (engine.num_pages * options.page_size)
     return roofline.seconds(work, config, engine.config.max_seqs, weight_bytes, token_bytes, rates)
+
+
+def measured_rates(dtype: Any) -> roofline.Rates:
+    rates = roofline.measured(dtype)
+    say(f"read {rates.read / 1e9:.0f} GB/s, matrix products {rates.compute / 1e12:.3g} TFLOP/s")
+    return rates
 
 
 class Bar:
@@ -231,7 +249,11 @@ def table(results: list[Result]) -> Table:
 
 
 def write_json(path: Path, results: list[Result], rates: Any, options: argparse.Namespace) -> None:
-    chosen = {key: str(value) for key, value in vars(options).items() if key not in ("json", "plot", "cache", "trace")}
+    chosen = {
+        key: str(value)
+        for key, value in vars(options).items()
+        if key not in ("json", "plot", "cache", "programs", "trace")
+    }
     rows = [
         dict(
             job=one.work.name,
@@ -303,9 +325,10 @@ def run(works: list[Workload], options: argparse.Namespace) -> None:
         say("transformers is left out: it needs torch and transformers installed")
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", str(options.cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    rates = roofline.measured(jnp.dtype(dtype))
-    say(f"read {rates.read / 1e9:.0f} GB/s, matrix products {rates.compute / 1e12:.3g} TFLOP/s")
+    # When they are first asked for, as a server does not wait for them.
+    rates = cache(partial(measured_rates, jnp.dtype(dtype)))
     model, params, works = weights(works, options, jnp.dtype(dtype))
     results: list[Result] = []
     for work, theirs in zip(works, others, strict=True):
@@ -315,7 +338,7 @@ def run(works: list[Workload], options: argparse.Namespace) -> None:
             say_result(one)
         results += mine
         if options.json:
-            write_json(options.json, results, rates, options)
+            write_json(options.json, results, rates(), options)
     Console(width=None if sys.stdout.isatty() else 160).print(table(results))
     if options.plot:
         draw(results, options.plot)

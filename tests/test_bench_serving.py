@@ -66,7 +66,7 @@ def test_guesses_save_steps_where_a_text_is_copied(kind, rises):
     assert len(ids) == len(set(ids)) == 40
     options = bench.arguments().parse_args(["--draft-tokens", "3", "--num-pages", "16", "--prefill-tokens", "64"])
     work = parse(f"{kind}:40+30", None, 0, 0).of(ids)
-    [result] = bench.measure(model, params, work, options, roofline.Rates(1e9, 1e9))
+    [result] = bench.measure(model, params, work, options, lambda: roofline.Rates(1e9, 1e9))
     guessed, plain = (result.runs[name] for name in (bench.OURS, bench.UNGUESSED))
     [want], [got] = plain.drawn.values(), guessed.drawn.values()
     assert got == want
@@ -93,9 +93,9 @@ def test_the_roofline_of_one_long_output_is_reading_all_for_each_token():
 def test_a_run_tells_rates_and_times(tiny, trace, tmp_path):
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = "--no-peers --max-seqs 2 --num-pages 16 --page-size 8 --prefill-tokens 32 --decode-steps 4 --replay 0.8"
-    options = bench.arguments().parse_args([*arguments.split(), "--json", str(file)])
+    options = bench.arguments().parse_args([*arguments.split(), "--json", str(file), "--programs", str(tmp_path)])
     rates = roofline.Rates(1e9, 1e9)
-    results = bench.measure(*tiny, parse("trace:4", trace, 64, 0), options, rates)
+    results = bench.measure(*tiny, parse("trace:4", trace, 64, 0), options, lambda: rates)
     assert [len(one.runs) for one in results] == [1, 1]
     for one in results:
         run = one.runs[bench.OURS]
@@ -108,6 +108,8 @@ def test_a_run_tells_rates_and_times(tiny, trace, tmp_path):
     bench.write_json(file, results, rates, options)
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert [row["runs"]["paxattn"]["tokens"] for row in rows] == [17, 17]
+    again = bench.measure(*tiny, parse("trace:4", trace, 64, 0), options, lambda: rates)
+    assert again[0].runs[bench.OURS].drawn == results[0].runs[bench.OURS].drawn
     bench.draw(results, picture)
     assert picture.stat().st_size > 10_000
     assert bench.table(results).row_count == 2

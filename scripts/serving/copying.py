@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -36,18 +35,16 @@ def chain(config: Config, seed: int, dtype: Any) -> tuple[Any, Any, Prompt]:
     before = np.empty_like(order)
     before[order] = np.roll(order, 1)
 
-    def build(before: jax.Array) -> nnx.State:
-        made = decoder.Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
-        for block in made.blocks:
-            for last in (block.attention.out, block.mlp.down):
-                last[...] = last[...] * jnp.asarray(QUIET, dtype)
-        made.head[...] = made.embed[...][before]
-        return nnx.state(made)
+    made = decoder.Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
+    for block in made.blocks:
+        for last in (block.attention.out, block.mlp.down):
+            last[...] = last[...] * jnp.asarray(QUIET, dtype)
+    made.head[...] = made.embed[...][before]
 
     def prompt(kind: str, size: int, output: int) -> list[int]:
         return _pieces(order, PIECES[kind], size, output, seed)
 
-    return decoder.abstract(config, dtype)[0], jax.jit(build)(jnp.asarray(before)), prompt
+    return *decoder.split(made), prompt
 
 
 def _pieces(order: np.ndarray, piece: int, size: int, output: int, seed: int) -> list[int]:
