@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -68,5 +67,5 @@ def abstract(config: Config, dtype: Any = jnp.float32) -> tuple[PureDecoder, nnx
 
 def random(config: Config, seed: int = 0, dtype: Any = jnp.float32) -> tuple[PureDecoder, nnx.State]:
     """As `split`, with random parameters: for tests and benchmarks of shapes."""
-    params = jax.jit(lambda: nnx.state(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))))()
-    return abstract(config, dtype)[0], params
+    # Not under jit, where XLA would compile the same few draws again for every layer.
+    return split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)))

@@ -6,12 +6,15 @@ python scripts/bench_serving.py --preset llama3-8b --implementation mosaic_gpu \
 python scripts/bench_serving.py --preset llama3-8b --implementation mosaic_gpu --trace TRACE.csv \\
     --jobs trace:1000 --replay 0.8 --kv-dtype int8 --plot serving.png
 python scripts/bench_serving.py --preset small --max-seqs 4000 --jobs 4000x64+128
+python scripts/bench_serving.py --draft-tokens 4 --jobs copy:512+256 free:512+256
 
 A job is COUNTxPROMPT+OUTPUT, or trace:COUNT of a file with TIMESTAMP, ContextTokens and GeneratedTokens, or azure:COUNT
 or sharegpt:COUNT of a named distribution. All requests are there from the start; with --replay, a drawn job runs once
 more at its times of arrival, scaled to that share of the rate that it reached. Weights are random but for SmolLM2, and
-outputs are as long as the job says. The roofline is the time for the prompts' matrix products and for reading weights
-and kept keys and values in each step, at the rates measured in the same run.
+outputs are as long as the job says. Or a job is copy:PROMPT+OUTPUT, decoy:PROMPT+OUTPUT or free:PROMPT+OUTPUT, one text
+that is continued with --draft-tokens guesses and without, in turns (scripts/serving/copying.py says what texts). The
+roofline is the time for the prompts' matrix products and for reading weights and kept keys and values in each step, of
+one token a row, at the rates measured in the same run.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,12 @@ from models.config import Config
 from models.load import load
 from scripts.attention.console import say
 from scripts.attention.telling import machine
-from scripts.serving import peers, roofline
+from scripts.serving import copying, peers, roofline
 from scripts.serving.runs import Run, serve
 from scripts.serving.workloads import Workload, parse
 
-OURS = "paxattn"
+OURS, UNGUESSED = "paxattn", "paxattn, no guesses"
+ROUNDS = 3  # of a text, with guesses and without
 SHAPES = {
     "llama3-8b": Config(128256, 32, 4096, 14336, 32, 8, 128, 1 << 20, 500_000.0),
     "small": Config(49152, 12, 576, 1536, 9, 3, 64, 1 << 20, tied_head=True),
@@ -80,20 +84,30 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--draft-tokens", type=int, default=0)
     parser.add_argument("--preemption", choices=("recompute", "swap"), default="recompute")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where compiled programs are kept")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where JAX keeps what it has compiled")
+    parser.add_argument("--programs", type=Path, metavar="DIR", help="where the engine's programs are, or come to be")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after each job")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="rates, and memory over time (needs matplotlib)")
     return parser
 
 
-def weights(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+def weights(works: list[Workload], options: argparse.Namespace, dtype: Any) -> tuple[Any, Any, list[Workload]]:
+    """Model, parameters, and the workloads with the texts that these are to continue."""
     if options.preset == "smollm2":
-        return load(None, dtype)[:2]
-    return decoder.random(SHAPES[options.preset], options.seed, dtype)
+        model, params, tokenizer = load(None, dtype)
+        prompt = copying.words(tokenizer)
+    elif any(work.kind for work in works):
+        model, params, prompt = copying.chain(SHAPES[options.preset], options.seed, dtype)
+    else:
+        return *decoder.random(SHAPES[options.preset], options.seed, dtype), works
+    texts = [
+        work.of(prompt(work.kind, int(work.prompt[0]), int(work.output[0]))) if work.kind else work for work in works
+    ]
+    return model, params, texts
 
 
-def new_engine(model: Any, params: Any, work: Workload, options: argparse.Namespace) -> paxattn.Engine:
+def new_engine(model: Any, params: Any, work: Workload, options: argparse.Namespace, drafts: int) -> paxattn.Engine:
     config = paxattn.EngineConfig(
         max_seqs=min(options.max_seqs, len(work)),
         max_len=-(-work.longest // 128) * 128,
@@ -104,32 +118,67 @@ def new_engine(model: Any, params: Any, work: Workload, options: argparse.Namesp
         kv_dtype=options.kv_dtype,
         implementation=options.implementation,
         prefill_implementation=options.prefill_implementation,
-        draft_tokens=options.draft_tokens,
+        draft_tokens=drafts,
         preemption=options.preemption,
     )
     return paxattn.Engine(model, params, config)
 
 
-def measure(model: Any, params: Any, work: Workload, options: argparse.Namespace, rates: Any) -> list[Result]:
-    start = time.perf_counter()
-    engine = new_engine(model, params, work, options)
-    with Bar(f"{work.name}: compiling") as said:
-        engine.warmup(said)
-    say(f"{work.name}: {engine.num_pages} pages; compiled in {time.perf_counter() - start:.1f} s")
-    engine.generate([[1] * 8], paxattn.GenerationParams(max_new_tokens=1))
+def measure(
+    model: Any, params: Any, work: Workload, options: argparse.Namespace, rates: Callable[[], Any]
+) -> list[Result]:
+    engine = started(model, params, work, options, options.draft_tokens)
     say(f"{work.name}: the first token {since_start():.1f} s after the start of the process")
-    least = partial(least_seconds, engine, model.config, params, rates, options)
+    least = partial(least_seconds, engine, model.config, params, rates(), options)
     vocab = model.config.vocab_size
+    if work.kind:
+        engines = {OURS: engine, UNGUESSED: started(model, params, work, options, 0)}
+        return [Result(work, in_turns(engines, work, vocab, options), least(work))]
 
     def run(work: Workload) -> Result:
-        with Bar(work.name) as said:
-            done = serve(engine, work, vocab, options.seed, said)
-        return Result(work, {OURS: done}, least(work))
+        return Result(work, {OURS: served(engine, work, vocab, options)}, least(work))
 
     results = [run(work.at_once())]
     if options.replay and work.arrival.any():
         results.append(run(work.at_rate(options.replay * results[0].runs[OURS].rate)))
     return results
+
+
+def started(model: Any, params: Any, work: Workload, options: argparse.Namespace, drafts: int) -> paxattn.Engine:
+    """An engine that has compiled everything and drawn a token."""
+    start = time.perf_counter()
+    engine = new_engine(model, params, work, options, drafts)
+    made, kept = time.perf_counter(), options.programs and options.programs / f"{work.name}+{drafts}.zip"
+    if kept and kept.exists():
+        engine.restore(kept)
+    else:
+        with Bar(f"{work.name}: compiling") as said:
+            engine.warmup(said)
+    ready = time.perf_counter()
+    say(f"{work.name}: {engine.num_pages} pages in {made - start:.1f} s, programs in {ready - made:.1f} s")
+    if kept and not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        engine.export(kept)
+        say(f"{work.name}: programs written in {time.perf_counter() - ready:.1f} s")
+    engine.generate([[1] * 8], paxattn.GenerationParams(max_new_tokens=1))
+    return engine
+
+
+def served(engine: paxattn.Engine, work: Workload, vocab: int, options: argparse.Namespace) -> Run:
+    with Bar(work.name) as said:
+        return serve(engine, work, vocab, options.seed, said)
+
+
+def in_turns(engines: dict[str, Any], work: Workload, vocab: int, options: argparse.Namespace) -> dict[str, Run]:
+    """The median run of each; the first round, which leaves the prompt in the prefix index, does not count."""
+    rounds = [{name: served(one, work, vocab, options) for name, one in engines.items()} for _ in range(1 + ROUNDS)]
+    with_guesses, without = (list(rounds[0][name].drawn.values()) for name in engines)
+    say(f"{work.name}: {'the same' if with_guesses == without else 'OTHER'} tokens with guesses as without")
+
+    def median(name: str) -> Run:
+        return sorted((one[name] for one in rounds[1:]), key=lambda run: run.seconds)[ROUNDS // 2]
+
+    return {name: median(name) for name in engines}
 
 
 def least_seconds(engine: Any, config: Config, params: Any, rates: Any, options: Any, work: Workload) -> float:
@@ -139,6 +188,12 @@ def least_seconds(engine: Any, config: Config, params: Any, rates: Any, options:
     layers = jax.tree.leaves(engine._slots.kv.layers)
     token_bytes = sum(x.nbytes for x in layers) / (engine.num_pages * options.page_size)
     return roofline.seconds(work, config, engine.config.max_seqs, weight_bytes, token_bytes, rates)
+
+
+def measured_rates(dtype: Any) -> roofline.Rates:
+    rates = roofline.measured(dtype)
+    say(f"read {rates.read / 1e9:.0f} GB/s, matrix products {rates.compute / 1e12:.3g} TFLOP/s")
+    return rates
 
 
 class Bar:
@@ -173,7 +228,7 @@ def say_result(result: Result) -> None:
         told = run.told()
         first, between = (told[key].get("p50") for key in ("first_token_ms", "between_tokens_ms"))
         more = "" if first is None or between is None else f", first token {first:.0f} ms, then {between:.2f} ms"
-        if name == OURS:
+        if run.about:
             more += f"; {told['step_ms']:.2f} ms a step, host gap {told['host_gap']:.1%}, {told['preempted']} preempted"
         say(f"{result.work.name} | {name} {run.rate:.1f} tokens/s, {result.share(name):.0%} of roofline{more}")
 
@@ -194,7 +249,11 @@ def table(results: list[Result]) -> Table:
 
 
 def write_json(path: Path, results: list[Result], rates: Any, options: argparse.Namespace) -> None:
-    chosen = {key: str(value) for key, value in vars(options).items() if key not in ("json", "plot", "cache", "trace")}
+    chosen = {
+        key: str(value)
+        for key, value in vars(options).items()
+        if key not in ("json", "plot", "cache", "programs", "trace")
+    }
     rows = [
         dict(
             job=one.work.name,
@@ -245,6 +304,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         works = [parse(text, options.trace, options.max_len, options.seed) for text in options.jobs]
+        if not options.draft_tokens and any(work.kind for work in works):
+            raise ValueError("--draft-tokens: got 0, must be at least 1 to compare guesses with none")
         run(works, options)
     except ValueError as error:
         parser.error(str(error))
@@ -253,18 +314,22 @@ def main() -> None:
 def run(works: list[Workload], options: argparse.Namespace) -> None:
     shapes = SHAPES.get(options.preset, SMOLLM2)
     others: list[dict[str, Run]] = [{} for _ in works]
-    if not options.no_peers and peers.installed():
+    random = [work for work in works if not work.kind]
+    if random and not options.no_peers and peers.installed():
         # First, so that they have the memory to themselves. JAX has not looked for a device yet.
         dtype = options.dtype or ("bfloat16" if os.path.exists("/dev/nvidia0") else "float32")
-        others = peers.measure(shapes, dtype, [work.at_once() for work in works], shapes.vocab_size, options.seed)
-    elif not options.no_peers:
+        alike = [work.at_once() for work in random]
+        measured = iter(peers.measure(shapes, dtype, alike, shapes.vocab_size, options.seed))
+        others = [{} if work.kind else next(measured) for work in works]
+    elif random and not options.no_peers:
         say("transformers is left out: it needs torch and transformers installed")
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", str(options.cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    rates = roofline.measured(jnp.dtype(dtype))
-    say(f"read {rates.read / 1e9:.0f} GB/s, matrix products {rates.compute / 1e12:.3g} TFLOP/s")
-    model, params = weights(options, jnp.dtype(dtype))
+    # When they are first asked for, as a server does not wait for them.
+    rates = cache(partial(measured_rates, jnp.dtype(dtype)))
+    model, params, works = weights(works, options, jnp.dtype(dtype))
     results: list[Result] = []
     for work, theirs in zip(works, others, strict=True):
         mine = measure(model, params, work, options, rates)
@@ -273,7 +338,7 @@ def run(works: list[Workload], options: argparse.Namespace) -> None:
             say_result(one)
         results += mine
         if options.json:
-            write_json(options.json, results, rates, options)
+            write_json(options.json, results, rates(), options)
     Console(width=None if sys.stdout.isatty() else 160).print(table(results))
     if options.plot:
         draw(results, options.plot)

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 from scripts import bench_serving as bench
-from scripts.serving import roofline
+from scripts.serving import copying, roofline
 from scripts.serving.workloads import parse
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -52,10 +52,34 @@ def test_drawn_requests_come_one_after_another(kind):
     assert (np.diff(work.arrival) > 0).all()
 
 
-@pytest.mark.parametrize("text", ["3x20", "0x1+1", "azure:0", "nothing:3", "trace:4"])
+@pytest.mark.parametrize("text", ["3x20", "0x1+1", "azure:0", "nothing:3", "trace:4", "copy:0+3", "free:3"])
 def test_other_jobs_are_refused(text):
     with pytest.raises(ValueError, match=r"^--jobs: "):
         parse(text, None, 64, 0)
+
+
+@pytest.mark.parametrize(("kind", "rises"), [("copy", 1.5), ("decoy", 1), ("free", 1)])
+def test_guesses_save_steps_where_a_text_is_copied(kind, rises):
+    """A chain of 97 tokens, of which the prompt has 40, and the output the first 30 of these."""
+    model, params, prompt = copying.chain(TINY, 3, np.float32)
+    ids = prompt(kind, 40, 30)
+    assert len(ids) == len(set(ids)) == 40
+    options = bench.arguments().parse_args(["--draft-tokens", "3", "--num-pages", "16", "--prefill-tokens", "64"])
+    work = parse(f"{kind}:40+30", None, 0, 0).of(ids)
+    [result] = bench.measure(model, params, work, options, lambda: roofline.Rates(1e9, 1e9))
+    guessed, plain = (result.runs[name] for name in (bench.OURS, bench.UNGUESSED))
+    [want], [got] = plain.drawn.values(), guessed.drawn.values()
+    assert got == want
+    assert len(set(want)) == 30
+    assert (set(want) <= set(ids)) == (kind != "free")
+    assert plain.about["steps"] >= rises * guessed.about["steps"] >= rises
+    assert bench.table([result]).row_count == 2
+
+
+def test_more_text_than_the_chain_has_is_refused():
+    _, _, prompt = copying.chain(TINY, 3, np.float32)
+    with pytest.raises(ValueError, match=r"^--jobs: got 90 \+ 30"):
+        prompt("free", 90, 30)
 
 
 def test_the_roofline_of_one_long_output_is_reading_all_for_each_token():
@@ -69,9 +93,9 @@ def test_the_roofline_of_one_long_output_is_reading_all_for_each_token():
 def test_a_run_tells_rates_and_times(tiny, trace, tmp_path):
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = "--no-peers --max-seqs 2 --num-pages 16 --page-size 8 --prefill-tokens 32 --decode-steps 4 --replay 0.8"
-    options = bench.arguments().parse_args([*arguments.split(), "--json", str(file)])
+    options = bench.arguments().parse_args([*arguments.split(), "--json", str(file), "--programs", str(tmp_path)])
     rates = roofline.Rates(1e9, 1e9)
-    results = bench.measure(*tiny, parse("trace:4", trace, 64, 0), options, rates)
+    results = bench.measure(*tiny, parse("trace:4", trace, 64, 0), options, lambda: rates)
     assert [len(one.runs) for one in results] == [1, 1]
     for one in results:
         run = one.runs[bench.OURS]
@@ -84,6 +108,8 @@ def test_a_run_tells_rates_and_times(tiny, trace, tmp_path):
     bench.write_json(file, results, rates, options)
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert [row["runs"]["paxattn"]["tokens"] for row in rows] == [17, 17]
+    again = bench.measure(*tiny, parse("trace:4", trace, 64, 0), options, lambda: rates)
+    assert again[0].runs[bench.OURS].drawn == results[0].runs[bench.OURS].drawn
     bench.draw(results, picture)
     assert picture.stat().st_size > 10_000
     assert bench.table(results).row_count == 2

@@ -30,7 +30,8 @@ from paxattn import (
     dispatch,
     generate,
 )
-from paxattn.engine import memory, slots
+from paxattn.engine import edits, memory, slots
+from paxattn.engine import engine as engine_module
 from scripts.profile_decode import host_operations, page_copies
 
 SIZES = dict(max_seqs=4, max_len=96, page_size=4, num_pages=30, prefill_tokens=16, decode_steps=6)
@@ -182,11 +183,38 @@ def test_nothing_is_compiled_after_warmup_and_nothing_read_inside_the_loop(tiny,
         assert page_copies(program, large.kv.layers[0].k.size) == []
 
 
+def test_programs_are_kept_in_a_file(tiny, alone, monkeypatch, tmp_path, rng):
+    """None is traced again, and what was compiled for something else is refused by name."""
+    file, config = tmp_path / "programs.zip", EngineConfig(**SIZES | dict(max_len=80))
+    with pytest.raises(ValueError, match=r"^export: got an engine without programs"):
+        Engine(*tiny, config).export(file)
+    first = Engine(*tiny, config)
+    first.warmup()
+    first.export(file)
+    second = Engine(*tiny, config)
+    prompt = rng.integers(0, TINY.vocab_size, 30).tolist()
+    with monkeypatch.context() as patch:
+        for module, name in ((engine_module, "run"), (edits, "apply"), (edits, "fork")):
+            patch.setattr(module, name, None)
+        second.restore(file)
+        [one] = second.generate([prompt], GenerationParams(max_new_tokens=12))
+        many = second.generate([prompt], GenerationParams(max_new_tokens=5, num_samples=3))
+    assert one.ids == alone(prompt)[:12]
+    assert [each.ids for each in many] == [alone(prompt)[:5]] * 3
+    at_rest(second)
+    with pytest.raises(ValueError, match=r"programs\.zip: programs for config EngineConfig\(max_seqs=4.*export"):
+        Engine(*tiny, replace(config, decode_steps=7)).restore(file)
+    model, params = tiny
+    other = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    with pytest.raises(ValueError, match=r"programs for params"):
+        Engine(model, other, config).restore(file)
+
+
 def test_the_loop_lowers_for_a_gpu(monkeypatch):
-    """With the Hopper kernels by name: as far as a machine without a GPU can tell."""
+    """With the Hopper kernels by name, each lowered once for all layers: as far as a machine without a GPU can tell."""
     kernels = importlib.import_module(dispatch.MODULES["paged_attention"]["mosaic_gpu"])
     monkeypatch.setattr(kernels, "on_hopper", lambda: True)
-    model, params = decoder.random(replace(TINY, num_layers=1, head_dim=64), dtype=jnp.bfloat16)
+    model, params = decoder.random(replace(TINY, head_dim=64), dtype=jnp.bfloat16)
     config = EngineConfig(max_seqs=4, max_len=64, num_pages=16, prefill_tokens=128, implementation="mosaic_gpu")
     served = Engine(model, params, config)
 
@@ -195,7 +223,8 @@ def test_the_loop_lowers_for_a_gpu(monkeypatch):
         return module_for_cuda(lambda params, state: run(params, state), params, served._slots)
 
     for shape in config.shapes:
-        assert "custom_call @mosaic_gpu" in lowered(shape)
+        # One reads rows of few queries, the other those of many.
+        assert lowered(shape).count("custom_call @mosaic_gpu") == (2 if shape.prefill else 1)
     decode, mixed = replace(config, prefill_implementation="xla").shapes
     assert decode == config.shapes[0]
     assert "custom_call @mosaic_gpu" not in lowered(mixed)
@@ -444,9 +473,21 @@ def test_auto_takes_what_the_memory_has_room_for(monkeypatch, tiny):
             return dict(bytes_limit=1000, bytes_in_use=300)
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert memory.room_for_pages(50, 0.9, lambda: 200) == 8
+    assert memory.room_for_pages(20, 50, 0.9, lambda: 200) == 8
+    assert memory.room_for_pages(7, 50, 0.9, lambda: 200) == 7
     with pytest.raises(ValueError, match=r"^num_pages: got 'auto'"):
-        memory.room_for_pages(50, 0.5, lambda: 200)
+        memory.room_for_pages(20, 50, 0.5, lambda: 200)
+
+
+def test_the_program_is_not_compiled_to_see_that_few_pages_fit(monkeypatch):
+    """Half of the 600 bytes that are left are enough."""
+
+    class Device:
+        def memory_stats(self):
+            return dict(bytes_limit=1000, bytes_in_use=300)
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert memory.room_for_pages(6, 50, 0.9, lambda: pytest.fail("compiled")) == 6
 
 
 def test_auto_takes_no_more_than_rows_can_hold(tiny):

@@ -5,19 +5,22 @@
 The host is always one loop late. Where that matters (a row found no page), it waits for what is under way first.
 """
 
+import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
 
 from paxattn import checks
-from paxattn.engine import edits, memory
+from paxattn.engine import edits, memory, programs
 from paxattn.engine.config import EngineConfig
 from paxattn.engine.generate import Generation, Model
 from paxattn.engine.meter import Meter
@@ -76,6 +79,7 @@ class Engine:
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         self._slots = jax.device_put(self._create(self.num_pages), device)
         index = PrefixIndex(config.page_size) if config.prefix_cache else None
+        self._programs: dict[Hashable, Compiled] = {}
         self._scheduler = Scheduler(
             num_pages=self.num_pages,
             page_size=config.page_size,
@@ -104,18 +108,30 @@ class Engine:
         Args:
           progress: called with how many programs are ready, of how many.
         """
-        slots, config = self._slots, self.config
-        lowered = [self._lower(slots, shape) for shape in config.shapes]
-        lowered += [edits.apply.lower(slots, self._empty_edit(size)) for size in self._room.tokens]
-        lowered += [edits.fork.lower(slots, *self._forks([]))]
-        with ThreadPoolExecutor() as pool:
-            ready = [pool.submit(one.compile) for one in lowered]
-            for done, one in enumerate(ready, 1):
-                one.result()
-                if progress is not None:
-                    progress(done, len(ready))
-        if config.preemption == "swap":
-            self._rehearse_swapping()
+        names = self._trees()
+        self._programs |= programs.compile_all(self._lowered(), progress, len(names))
+        self._rehearse()
+
+    def export(self, path: str | os.PathLike) -> None:
+        """Write what `warmup` has compiled to a file, from which `restore` takes it instead.
+
+        Raises:
+          ValueError: there was no `warmup`.
+        """
+        checks.require(bool(self._programs), "export", "an engine without programs", "one after warmup")
+        programs.save(Path(path), self._facts(), self._programs)
+
+    def restore(self, path: str | os.PathLike) -> None:
+        """Instead of `warmup`: take the programs that the same engine has exported on such a device.
+
+        Nothing is traced. What swapping takes is compiled all the same. Like any program, the file can do what it
+        likes with this process: take none from strangers.
+
+        Raises:
+          ValueError: they are programs of another model, config, device or version; the message says which.
+        """
+        self._programs |= programs.load(Path(path), self._facts(), self._trees())
+        self._rehearse()
 
     def add_request(self, prompt: Sequence[int], params: GenerationParams | None = None) -> int:
         """Let a prompt wait for its turn; its id, for `cancel` and in what `step` tells.
@@ -255,11 +271,8 @@ class Engine:
             told = self._lower(slots, config.shapes[-1]).compile().memory_analysis()
             return int(told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes)
 
-        dtype = config.kv_dtype or self._layout.dtype
-        room = memory.room_for_pages(
-            self._layout.page_bytes(config.page_size, dtype), config.memory_fraction, workspace
-        )
-        return min(most, room)
+        page_bytes = self._layout.page_bytes(config.page_size, config.kv_dtype or self._layout.dtype)
+        return memory.room_for_pages(most, page_bytes, config.memory_fraction, workspace)
 
     def _create(self, num_pages: int) -> Slots:
         config, layout = self.config, self._layout
@@ -278,7 +291,31 @@ class Engine:
         return Slots.create(kv, config.max_stop_ids, config.max_logit_bias)
 
     def _lower(self, slots: Slots, shape: Shape) -> Any:
-        return run.lower(self.model, self.params, slots, shape, np.int32(0), np.int32(0))
+        return run.lower(self.model, self.params, slots, np.int32(0), np.int32(0), shape=shape)
+
+    def _lowered(self) -> Iterator[tuple[Hashable, Any]]:
+        """All programs, those first that take longest to compile."""
+        for shape in reversed(self.config.shapes):
+            yield shape, self._lower(self._slots, shape)
+        for size in self._room.tokens:
+            yield size, edits.apply.lower(self._slots, self._empty_edit(size))
+        yield "fork", edits.fork.lower(self._slots, *self._forks([]))
+
+    def _trees(self) -> dict[Hashable, tuple[Any, Any]]:
+        """The structures of what all programs take and return, by the names of `_lowered`."""
+
+        def trees(result: Any, *args: Any) -> tuple[Any, Any]:
+            return jax.tree.structure((args, {})), jax.tree.structure(result)
+
+        leaves: dict[str, Any] = dict.fromkeys(News.__dataclass_fields__, 0)
+        slots, news = self._slots, News(**leaves)
+        told = {shape: trees((slots, news), self.params, slots, 0, 0) for shape in self.config.shapes}
+        edited = {size: trees(slots, slots, self._empty_edit(size)) for size in self._room.tokens}
+        return told | edited | {"fork": trees(slots, slots, *self._forks([]))}
+
+    def _facts(self) -> dict[str, str]:
+        kinds = jax.tree.map(lambda x: jax.typeof(x).str_short(), self.params)
+        return programs.facts(config=self.config, num_pages=self.num_pages, model=self.model, params=kinds)
 
     def _empty_edit(self, size: int) -> edits.Edit:
         [edit] = edits.pack(self._room, self._slots, [], [], [])
@@ -292,11 +329,13 @@ class Engine:
         running = dict(self._scheduler.running)
         shape, steps, fed = self._choose(running)
         idle = self.config.max_seqs - (len(running) if self._scheduler.waiting else 0)
-        self._meter.launch(not all(flight.news.steps.is_ready() for flight in self._flights))
-        self._slots, news = run(self.model, self.params, self._slots, shape, np.int32(steps), np.int32(idle))
+        under_way, start = not all(flight.news.steps.is_ready() for flight in self._flights), time.perf_counter()
+        program = self._programs.get(shape) or partial(run, self.model, shape=shape)
+        self._slots, news = program(self.params, self._slots, np.int32(steps), np.int32(idle))
+        self._meter.launch(start, under_way)
         for x in jax.tree.leaves(news):
             x.copy_to_host_async()
-        self._flights.append(_Flight(news, running, steps, fed, time.perf_counter()))
+        self._flights.append(_Flight(news, running, steps, fed, start))
 
     def _choose(self, running: dict[int, Request]) -> tuple[Shape, int, int]:
         """The program for what is left to feed, how many steps of it, and what they feed of prompts at least."""
@@ -327,11 +366,11 @@ class Engine:
         if drop or plan.let_go or plan.admitted:
             self._edit(drop, plan.let_go, [self._admission(request, pages) for request, pages in plan.admitted])
         if plan.forks:
-            self._slots = edits.fork(self._slots, *self._forks(plan.forks))
+            self._slots = self._programs.get("fork", edits.fork)(self._slots, *self._forks(plan.forks))
 
     def _edit(self, drop: list[int], let_go: list[int], admitted: list[edits.Admission]) -> None:
         for edit in edits.pack(self._room, self._slots, drop, let_go, admitted):
-            self._slots = edits.apply(self._slots, edit)
+            self._slots = self._programs.get(len(edit.tokens), edits.apply)(self._slots, edit)
 
     def _bring_back(self, request: Request) -> None:
         kv, fits = swap_in(self._slots.kv, request.swapped, _row(request))
@@ -422,8 +461,10 @@ class Engine:
         if all(one.ended is not None for one in self._live.get(number, ())):
             self._live.pop(number, None)
 
-    def _rehearse_swapping(self) -> None:
-        """Swap an empty row of each size out and in, as that compiles what it takes."""
+    def _rehearse(self) -> None:
+        """Where rows may be swapped, swap an empty one of each size out and in, as that compiles what it takes."""
+        if self.config.preemption != "swap":
+            return
         table = self._slots.kv.table
         longest = min(self.num_pages, table.page_table.shape[1])
         grow = jax.jit(_grow, donate_argnums=0)

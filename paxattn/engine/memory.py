@@ -60,10 +60,11 @@ def layout(model: Model, params: Any) -> Layout:
     return Layout(len(probe.seen), heads, dim, dtype, window)
 
 
-def room_for_pages(page_bytes: int, fraction: float, workspace: Callable[[], int]) -> int:
-    """Pages that fit `fraction` of the memory, beside what is there already and what programs need to run.
+def room_for_pages(most: int, page_bytes: int, fraction: float, workspace: Callable[[], int]) -> int:
+    """Up to `most` pages that fit `fraction` of the memory, beside what is there already and what programs need to run.
 
-    A device that does not tell its memory is a CPU, whose free memory the system tells.
+    What they need is looked into where `most` pages leave less than half of the memory to them. A device that does not
+    tell its memory is a CPU, whose free memory the system tells.
 
     Raises:
       ValueError: there is room for none.
@@ -73,6 +74,8 @@ def room_for_pages(page_bytes: int, fraction: float, workspace: Callable[[], int
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * fraction
     else:
         free = told["bytes_limit"] * fraction - told["bytes_in_use"]
+    if most * page_bytes <= free / 2:
+        return most
     left = free - workspace()
     checks.require(
         left >= page_bytes,
@@ -80,4 +83,4 @@ def room_for_pages(page_bytes: int, fraction: float, workspace: Callable[[], int
         f"'auto', for which {left / 2**20:.0f} MiB are left",
         "a number, or memory free",
     )
-    return int(left // page_bytes)
+    return min(most, int(left // page_bytes))

@@ -15,12 +15,12 @@ class Meter:
         # When the device was last known to be at work; None = it has nothing to do.
         self._at_work: float | None = None
 
-    def launch(self, under_way: bool) -> None:
-        """A loop is enqueued, while one before it still runs or not; then the device may have waited for this one."""
-        now = time.perf_counter()
+    def launch(self, start: float, under_way: bool) -> None:
+        """A loop was enqueued from `start` on; where none was under way any more, the device may have waited for it."""
         if self._at_work is not None and not under_way:
-            self.stats = replace(self.stats, host_gap=self.stats.host_gap + now - self._at_work)
-        self._at_work = now
+            self.stats = replace(self.stats, host_gap=self.stats.host_gap + start - self._at_work)
+        # From now on and not from `start`: where calls are not asynchronous, the loop has run meanwhile.
+        self._at_work = time.perf_counter()
 
     def rest(self) -> None:
         """There is nothing to do."""

@@ -148,7 +148,7 @@ class Drawn(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("slots",))
-def run(model: Model, params: Any, slots: Slots, shape: Shape, limit: Array, idle: Array) -> tuple[Slots, News]:
+def run(model: Model, params: Any, slots: Slots, limit: Array, idle: Array, *, shape: Shape) -> tuple[Slots, News]:
     """Up to `limit` steps, without the host; one at least, where any row can take it.
 
     It ends early when more than `idle` rows run no more (there is then room for those that wait), a row finds no

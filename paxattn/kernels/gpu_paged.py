@@ -57,7 +57,9 @@ def paged_attention(
     return online_softmax.vary_like(attend(*arrays), *given)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _attend(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> Any:
+    # Under jit the layers of a model share what it lowers to, which for a kernel takes a second or two.
     if arrays[-2] is None:
         return _rows(problem, compressed, some_are_long, *arrays, None)
     prefix = _prefix(problem, *arrays[:-1])
@@ -163,10 +165,13 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
     given = *into, *tokens, slots
     arrays = online_softmax.vary_like((into, tokens, slots), *given)
-    write = jax.custom_batching.custom_vmap(functools.partial(gpu_paged_write.write, multiprocessors()))
+    write = jax.custom_batching.custom_vmap(functools.partial(_write, multiprocessors()))
     write.def_vmap(_write_under_vmap)
     written = write(*arrays)
     return jax.tree.unflatten(structure, online_softmax.vary_like(written, *given))
+
+
+_write = jax.jit(gpu_paged_write.write, static_argnums=0)  # for the same reason as _attend
 
 
 def _write_under_vmap(size: int, batched: Any, *arrays: Any) -> tuple[Any, Any]:

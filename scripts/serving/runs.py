@@ -16,6 +16,7 @@ class Run:
     """Seconds from the start: of each request's arrival and tokens; `spaces` between tokens.
 
     Tokens come in groups, a loop's at once. A space is the time since the last group, over the tokens of this one.
+    `drawn` are the tokens themselves, by the number of the request.
     """
 
     seconds: float = 0.0
@@ -24,6 +25,7 @@ class Run:
     spaces: list[float] = field(default_factory=list)
     memory: list[tuple[float, ...]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -64,6 +66,7 @@ def serve(engine: Engine, work: Workload, vocab_size: int, seed: int, said: Call
         for update in updates:
             count = len(update.ids)
             run.tokens += count
+            run.drawn.setdefault(update.id, []).extend(update.ids)
             if update.id not in last:
                 run.first.append(now - arrived[update.id])
             elif count:

@@ -11,6 +11,7 @@ import numpy as np
 from scripts.paging.lengths import LENGTHS, Requests, read_trace
 
 FIXED = re.compile(r"(\d+)x(\d+)\+(\d+)")
+TEXT = re.compile(r"(copy|decoy|free):(\d+)\+(\d+)")
 DRAWN = re.compile(r"(trace|azure|sharegpt):(\d+)")
 
 
@@ -22,12 +23,16 @@ class Workload:
       name: as asked for.
       prompt, output: tokens, ints [N].
       arrival: seconds from the start, [N]; all 0 = at once.
+      kind: of one text that is to be continued with guesses and without (see `copying`), or none.
+      ids: the prompts, where they are not random.
     """
 
     name: str
     prompt: np.ndarray
     output: np.ndarray
     arrival: np.ndarray
+    kind: str = ""
+    ids: tuple[list[int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -36,7 +41,13 @@ class Workload:
     def longest(self) -> int:
         return int((self.prompt + self.output).max())
 
+    def of(self, *ids: list[int]) -> "Workload":
+        """The same with these prompts."""
+        return replace(self, ids=ids, prompt=np.array([len(one) for one in ids]))
+
     def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
+        if self.ids:
+            return list(self.ids)
         rng = np.random.default_rng(seed)
         return [rng.integers(0, vocab_size, n).tolist() for n in self.prompt]
 
@@ -56,7 +67,7 @@ def parse(text: str, trace: Path | None, max_len: int, seed: int) -> Workload:
     """A workload by its name.
 
     Args:
-      text: COUNTxPROMPT+OUTPUT, or trace:COUNT, azure:COUNT, sharegpt:COUNT.
+      text: COUNTxPROMPT+OUTPUT, or trace:COUNT, azure:COUNT, sharegpt:COUNT, or copy:PROMPT+OUTPUT, decoy:, free:.
       trace: the file of "trace", with TIMESTAMP, ContextTokens and GeneratedTokens.
       max_len: no request is longer; drawn ones are cut.
       seed: of drawn lengths and times.
@@ -69,8 +80,14 @@ def parse(text: str, trace: Path | None, max_len: int, seed: int) -> Workload:
         if min(count, prompt, output) < 1:
             raise ValueError(f"--jobs: got {text}, must have counts of at least 1")
         return Workload(text, np.full(count, prompt), np.full(count, output), np.zeros(count))
+    if found := TEXT.fullmatch(text):
+        prompt, output = int(found[2]), int(found[3])
+        if min(prompt, output) < 1:
+            raise ValueError(f"--jobs: got {text}, must have counts of at least 1")
+        return Workload(text, np.array([prompt]), np.array([output]), np.zeros(1), kind=found[1])
     if not (found := DRAWN.fullmatch(text)) or not int(found[2]):
-        raise ValueError(f"--jobs: got {text}, must be like 256x256+128, trace:1000, azure:1000 or sharegpt:1000")
+        known = "256x256+128, trace:1000, azure:1000, sharegpt:1000, copy:512+256, decoy:512+256 or free:512+256"
+        raise ValueError(f"--jobs: got {text}, must be like {known}")
     kind, count = found[1], int(found[2])
     rng = np.random.default_rng(seed)
     if kind != "trace":
