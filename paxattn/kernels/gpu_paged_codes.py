@@ -1,7 +1,7 @@
 """Compressed pages in the paged decode kernel: int8 and float8_e4m3fn codes and their scales.
 
-A slot of a worker's ring has a block's codes, as TMA brings them, and its scales, which a warp of their own copies, as
-TMA takes no less than sixteen bytes of a row. The consumer makes float16 tiles of the codes, keys with their scales.
+A slot of a ring has a block's codes, as TMA brings them, and its scales, which a warp of their own copies, as TMA takes
+no less than sixteen bytes of a row. Where both workers of a block read heads that are neighbours, they share a ring. The consumer makes float16 tiles of the codes, keys with their scales.
 Values get theirs from the weights, one factor for all columns. The products are of float16 whatever q is.
 """
 
@@ -21,6 +21,7 @@ from paxattn.kernels.hopper import COL, ROW, WGMMA
 from paxattn.kernels.hopper_lanes import LANES
 
 HALF = jnp.float16
+AHEAD = True
 LIFT = 64.0  # A factor of weights, so that small ones, times the scale of values, and large scales are float16 numbers.
 
 
@@ -55,43 +56,64 @@ def config_for(problem: Problem) -> Config:
     return Config(block, room // slot, warpgroups)
 
 
+def sharers(problem: Problem, config: Config) -> int:
+    """Workers that share a ring: they always have the same blocks of two heads, and 128 bytes of a token, which is one
+    head, are less than memory likes to be read by."""
+    return config.warpgroups if problem.kv_heads % config.warpgroups == 0 else 1
+
+
 def _scratch(problem: Problem, config: Config, dtype: Any) -> dict:
     wgs, slots, block, dim = config.warpgroups, config.slots, config.block, problem.head_dim
-    ring = wgs, slots, block
+    scales, together = (wgs, slots, block), sharers(problem, config)
+    rings = wgs // together
+    codes = rings, slots, block, together
     of_keys, of_values = scales_a_row(problem)
     queries = {} if q_in_registers(problem) else dict(q=hopper_pages.tile(wgs, ROWS, dim, dtype=HALF))
     return queries | dict(
         k=hopper_pages.tile(wgs, block, dim, dtype=HALF),
         v=hopper_pages.tile(wgs, block, dim, dtype=HALF),
         v_weights=plgpu.SMEM((wgs, block), jnp.float32),
-        k_codes=plgpu.SMEM((*ring, dim), dtype),
-        v_codes=plgpu.SMEM((*ring, dim), dtype),
-        k_scales=plgpu.SMEM((*ring, of_keys), HALF),
-        v_scales=plgpu.SMEM((*ring, of_values), HALF),
+        k_codes=plgpu.SMEM((*codes, dim), dtype),
+        v_codes=plgpu.SMEM((*codes, dim), dtype),
+        k_scales=plgpu.SMEM((*scales, of_keys), HALF),
+        v_scales=plgpu.SMEM((*scales, of_values), HALF),
         landed=plgpu.SMEM((wgs, slots, 2), jnp.int32),
-        full=plgpu.Barrier(num_arrivals=2 * pages_in(problem, config) + 1, num_barriers=wgs * slots),
-        free=plgpu.Barrier(num_barriers=wgs * slots),
+        full=plgpu.Barrier(num_arrivals=2 * pages_in(problem, config) + together, num_barriers=rings * slots),
+        free=plgpu.Barrier(num_arrivals=together, num_barriers=rings * slots),
     )
 
 
-class Codes(Producer):
-    """A warp that streams a worker's codes."""
+class Shared(Producer):
+    """A warp that fills a ring, which is perhaps not its worker's alone."""
 
     slots_a_block: ClassVar[int] = 1
+
+    @property
+    def sharers(self) -> int:
+        return sharers(self.plan.problem, self.plan.config)
+
+    @property
+    def ring(self) -> int:
+        return self.wg // self.sharers
+
+
+class Codes(Shared):
+    """A warp that streams the codes of all workers that share a ring, if its worker is the first of them."""
 
     def load(self, item: Item, j, count, entries, lane) -> None:
+        if self.wg % self.sharers:
+            return
         slot, full = self.free_slot(count)
+        heads = pl.ds(item.head, self.sharers)
         for source, target in zip(self.pages[:2], ("k_codes", "v_codes"), strict=True):
             for start, to in self.page_rows(item, j, entries, lane):
-                rows = source.at[pl.ds(start, to.size), item.head]
-                plgpu.copy_gmem_to_smem(rows, self.smem[target].at[self.wg, slot, to], full)
+                tile = self.smem[target].at[self.ring, slot, to]
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(start, to.size), heads], tile, full)
 
 
-class Scales(Producer):
+class Scales(Shared):
     """A warp that streams a worker's scales. The copies themselves tell when they have landed: a warp that waited for
     them could have fewer blocks on their way than there are slots."""
-
-    slots_a_block: ClassVar[int] = 1
 
     def run(self) -> None:
         hopper_lanes.prepare_landings(self.smem["landed"].at[self.wg])
@@ -117,6 +139,19 @@ class CodeConsumer(Consumer):
     slots_a_block: ClassVar[int] = 1
     weight: ClassVar[float] = LIFT
 
+    @property
+    def sharers(self) -> int:
+        return sharers(self.problem, self.config)
+
+    @property
+    def ring(self) -> Array:
+        return self.wg if self.sharers == 1 else jnp.int32(0)
+
+    def codes(self, name: str, slot) -> Any:
+        """This worker's in a slot, [block, D]."""
+        place = jnp.int32(0) if self.sharers == 1 else self.wg
+        return self.smem[name].at[self.ring, slot, :, place]
+
     def run(self) -> None:
         if self.problem.head_dim < self.problem.columns:
             self.clear_tiles()
@@ -141,43 +176,102 @@ class CodeConsumer(Consumer):
         return [hopper_lanes.load_rows(self.q, rows, WGMMA, self.problem.columns).astype(HALF)]
 
     def steps(self, item: Item, count, state):
+        if not AHEAD:
+            return self.steps_old(item, count, state)
         o, m, l = state
         q = self.queries(item)
         self.take_keys(item, count, 0)
-        state = self.weigh(item, count, 0, o, m, l, *q)
-        o, m, l, p, *_ = lax.fori_loop(1, item.blocks, partial(self.step, item, count), state)
+        self.all_stored()
+        s = self.scores(q)
+        self.take_values(item, count, 0)
+        state = o, m, l, hopper.wait(0, s), *q
+        o, m, l, s, *_ = lax.fori_loop(1, item.blocks, partial(self.step, item, count), state)
+        self.meet()  # The scales of the values are there.
+        p, m, l, alpha = self.weigh(s, m, l, item, item.blocks - 1)
+        o = o * lax.broadcast_in_dim(alpha, o.shape, [0])
+        self.all_stored()
         return hopper.wait(0, hopper_pages.accumulate(o, p, self.tile_of("v"))), m, l
 
     def step(self, item: Item, count, j, state):
-        """Weights of block j. Those of the block before meet their values while the keys of this one are expanded."""
-        o, m, l, p, *q = state
+        """Scores of block j, and the sums with block j - 1, whose scores are there and whose values are expanded.
+
+        Nothing waits for what was stored: keys are expanded before the softmax, values under the products.
+        """
+        o, m, l, s, *q = state
+        self.meet()  # The keys of the block before have been used in all warps.
+        self.take_keys(item, count, j)
+        p, m, l, alpha = self.weigh(s, m, l, item, j - 1)
+        o = o * lax.broadcast_in_dim(alpha, o.shape, [0])
+        self.all_stored()
         o, p, *q = hopper.settle(o, p, *q)
         o = hopper_pages.accumulate(o, p, self.tile_of("v"))
-        self.take_keys(item, count, j)
-        o, _ = hopper.wait(0, o, p)
-        return self.weigh(item, count, j, o, m, l, *q)
+        s = self.scores(q)
+        o, p = hopper.wait(1, o, p)
+        self.meet()  # The values have.
+        self.take_values(item, count, j)
+        return o, m, l, hopper.wait(0, s), *q
+
+    def all_stored(self) -> None:
+        hopper.fence()
+        self.meet()
+
+    def scores(self, q: list[Array]) -> Array:
+        return hopper_pages.scores(q[0] if q else self.tile_of("q"), self.tile_of("k"))
 
     def take_keys(self, item: Item, count, j) -> None:
         slot = self.slot(count, j)
         self.wait_for(slot)
         turn = lax.div(count + j, jnp.int32(self.config.slots))
         hopper_lanes.wait_until_landed(self.smem["landed"].at[self.wg, slot], lax.rem(turn, jnp.int32(2)))
-        codes, scales = (self.smem[name].at[self.wg, slot] for name in ("k_codes", "k_scales"))
+        codes, scales = self.codes("k_codes", slot), self.smem["k_scales"].at[self.wg, slot]
         hopper_codes.expand_keys(codes, scales, self.odd(item, scales_of_keys(self.problem)), self.tile_of("k"))
 
-    def weigh(self, item: Item, count, j, o, m, l, *q):
+    def take_values(self, item: Item, count, j) -> None:
+        slot, start = self.slot(count, j), (item.block + j) * self.config.block
+        seen = item.begin - start, item.kv_len - start
+        codes, scales = self.codes("v_codes", slot), self.smem["v_scales"].at[self.wg, slot]
+        scale = hopper_codes.load_scale(scales, self.odd(item, 1))
+        hopper_codes.expand_values(codes, *seen, self.tile_of("v"))
+        hopper_codes.store_scale(scale, *seen, LIFT, self.smem["v_weights"].at[self.wg])
+        self.release(slot)
+
+    def weigh(self, s, m, l, item: Item, j):
+        """Weights of block j, with the scales of its values, as `softmax` gives them."""
+        p, m, l, alpha = self.softmax(s, m, l, item, item.block + j)
+        weights = plgpu.load(self.smem["v_weights"].at[self.wg], layout=COL, optimized=False)
+        return (p * lax.broadcast_in_dim(weights, p.shape, [1])).astype(HALF), m, l, alpha
+
+    def steps_old(self, item: Item, count, state):
+        o, m, l = state
+        q = self.queries(item)
+        self.take_keys(item, count, 0)
+        state = self.weigh_old(item, count, 0, o, m, l, *q)
+        o, m, l, p, *_ = lax.fori_loop(1, item.blocks, partial(self.step_old, item, count), state)
+        return hopper.wait(0, hopper_pages.accumulate(o, p, self.tile_of("v"))), m, l
+
+    def step_old(self, item: Item, count, j, state):
+        """Weights of block j. Those of the block before meet their values while the keys of this one are expanded."""
+        o, m, l, p, *q = state
+        o, p, *q = hopper.settle(o, p, *q)
+        o = hopper_pages.accumulate(o, p, self.tile_of("v"))
+        self.take_keys(item, count, j)
+        o, _ = hopper.wait(0, o, p)
+        return self.weigh_old(item, count, j, o, m, l, *q)
+
+    def weigh_old(self, item: Item, count, j, o, m, l, *q):
         slot, weights = self.slot(count, j), self.smem["v_weights"].at[self.wg]
         start = (item.block + j) * self.config.block
         seen = item.begin - start, item.kv_len - start
         hopper.fence()
         self.meet()  # All keys are there, and the values of the block before have been used.
         s = hopper_pages.scores(q[0] if q else self.tile_of("q"), self.tile_of("k"))
-        codes, scales = (self.smem[name].at[self.wg, slot] for name in ("v_codes", "v_scales"))
+        codes, scales = self.codes("v_codes", slot), self.smem["v_scales"].at[self.wg, slot]
+        loaded = hopper_codes.load_scale(scales, self.odd(item, 1))
         hopper_codes.expand_values(codes, *seen, self.tile_of("v"))
-        hopper_codes.expand_scales(scales, self.odd(item, 1), *seen, LIFT, weights)
-        hopper.fence()
+        hopper_codes.store_scale(loaded, *seen, LIFT, weights)
         self.release(slot)
         p, m, l, alpha = self.softmax(hopper.wait(0, s), m, l, item, item.block + j)
+        hopper.fence()  # Not before: it waits for what was stored, which takes as long as this softmax.
         self.meet()
         p = p * lax.broadcast_in_dim(plgpu.load(weights, layout=COL, optimized=False), p.shape, [1])
         return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(HALF), *q

@@ -166,6 +166,10 @@ class Producer:
 
     slots_a_block: ClassVar[int] = 2
 
+    @property
+    def ring(self) -> int:
+        return self.wg
+
     def run(self) -> None:
         self.fill()
 
@@ -234,7 +238,7 @@ class Producer:
         """Where the count-th tile goes, once the consumer is done with what is there, and who is told that it came."""
         slots = self.plan.config.slots
         slot = lax.rem(count, jnp.int32(slots))
-        at = self.wg * slots + slot
+        at = self.ring * slots + slot
         pl.when(count >= slots)(lambda: plgpu.barrier_wait(self.smem["free"].at[at]))
         return slot, self.smem["full"].at[at]
 
@@ -275,6 +279,10 @@ class Consumer:
     @property
     def config(self) -> Config:
         return self.plan.config
+
+    @property
+    def ring(self) -> Array:
+        return self.wg
 
     def run(self) -> None:
         start = jnp.int32(1), self.item(jnp.int32(1)), jnp.int32(0)
@@ -324,10 +332,10 @@ class Consumer:
         return self.smem["kv"][1].at[self.wg, slot]
 
     def wait_for(self, slot) -> None:
-        plgpu.barrier_wait(self.smem["full"].at[self.wg * self.config.slots + slot])
+        plgpu.barrier_wait(self.smem["full"].at[self.ring * self.config.slots + slot])
 
     def release(self, slot) -> None:
-        plgpu.barrier_arrive(self.smem["free"].at[self.wg * self.config.slots + slot])
+        plgpu.barrier_arrive(self.smem["free"].at[self.ring * self.config.slots + slot])
 
     def meet(self) -> None:
         hopper.bar_sync(hopper.FIRST_BARRIER + self.wg, 128)

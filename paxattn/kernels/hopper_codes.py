@@ -58,27 +58,44 @@ def expand_values(codes: Any, first: Array, end: Array, tile: Any) -> None:
     issue(codes, first, end, tile)
 
 
-def expand_scales(scales: Any, odd: Array, first: Array, end: Array, factor: float, target: Any) -> None:
-    """One scale a row, [R, 2] as in `expand_keys`, times a factor to target [R], float32; 0 as in `expand_values`."""
+def load_scale(scales: Any, odd: Array) -> Array:
+    """Of each thread's row the one scale, [R, 2] as in `expand_keys`, for `store_scale`."""
 
-    @plgpu.inline_mgpu(arg_types=(REF, SCALAR, SCALAR, SCALAR, REF))
-    def issue(_, scales, odd, first, end, target):
-        rows = target.type.shape[0]
-        row = arith.minui(_thread(), _c(rows - 1))
-        place = _scale_at(scales, row, _c(0), odd.registers[()])
+    @plgpu.inline_mgpu(arg_types=(REF, SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+    def issue(_, scales, odd):
+        place = _scale_at(scales, _row(scales.type.shape[0]), _c(0), odd.registers[()])
+        text = "{ .reg .b16 s; ld.shared.b16 s, [$1]; cvt.u32.u16 $0, s; }"
+        value = llvm.inline_asm(_i32(), [place], text, "=r,r,~{memory}", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return issue(scales, odd)
+
+
+def store_scale(scale: Array, first: Array, end: Array, factor: float, target: Any) -> None:
+    """Each thread's scale times a factor to target [R], float32; 0 as in `expand_values`."""
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, SCALAR, REF))
+    def issue(_, scale, first, end, target):
+        row = _row(target.type.shape[0])
         keep = _between(first.registers[()], row, end.registers[()])
         to = arith.addi(_address(target), arith.muli(row, _c(4)))
         text = (
-            "{ .reg .b16 s; .reg .f32 x; .reg .pred p; setp.ne.b32 p, $1, 0; ld.shared.b16 s, [$0]; cvt.f32.f16 x, s; "
+            "{ .reg .b16 s; .reg .f32 x; .reg .pred p; setp.ne.b32 p, $1, 0; cvt.u16.u32 s, $0; cvt.f32.f16 x, s; "
             f"mul.f32 x, x, {factor:.1f}; selp.f32 x, x, 0.0, p; st.shared.f32 [$2], x; }}"
         )
-        _asm(text, [place, arith.extui(_i32(), keep), to])
+        _asm(text, [scale.registers[()], arith.extui(_i32(), keep), to])
 
-    issue(scales, odd, first, end, target)
+    issue(scale, first, end, target)
+
+
+def _row(rows: int) -> ir.Value:
+    """Of a thread, of so many rows; those that have none left take the last."""
+    return arith.minui(_thread(), _c(rows - 1))
 
 
 def _expand(dtype: Any, codes: ir.Value, tile: ir.Value, scale_of: Any = None, keep: Any = None) -> None:
     rows, width = codes.type.shape
+    (row_bytes, _), _ = codes.type.get_strides_and_offset()
     units = rows * (width // UNIT)
     base, to = _address(codes), _address(tile)
     boxes_a_row = tile.type.shape[1]
@@ -93,7 +110,8 @@ def _expand(dtype: Any, codes: ir.Value, tile: ir.Value, scale_of: Any = None, k
         places = []
         for at in taken[i : i + AT_ONCE]:
             row, unit = arith.divui(at, _c(width // UNIT)), arith.remui(at, _c(width // UNIT))
-            place = [arith.addi(base, arith.muli(at, _c(UNIT))), *_halves_at(to, row, unit, boxes_a_row)]
+            source = arith.addi(arith.muli(row, _c(row_bytes)), arith.muli(unit, _c(UNIT)))
+            place = [arith.addi(base, source), *_halves_at(to, row, unit, boxes_a_row)]
             extra = scale_of(row, unit) if scale_of else arith.extui(_i32(), keep(row))
             places.append([*place, extra])
         _asm(_text(dtype, len(places), scale_of is not None), [x for place in places for x in place])
