@@ -225,6 +225,10 @@ def test_the_loop_lowers_for_a_gpu(monkeypatch):
     for shape in config.shapes:
         # One reads rows of few queries, the other those of many.
         assert lowered(shape).count("custom_call @mosaic_gpu") == (2 if shape.prefill else 1)
+    # The loop itself, and those in which top-k and top-p look for their thresholds: each round of one is many launches.
+    # Not seen in what is exported, which has a loop for each cumsum.
+    loop = slots.run.trace(model, params, served._slots, np.int32(3), np.int32(1), shape=config.shapes[0])
+    assert loop.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.while") == 3
     decode, mixed = replace(config, prefill_implementation="xla").shapes
     assert decode == config.shapes[0]
     assert "custom_call @mosaic_gpu" not in lowered(mixed)
