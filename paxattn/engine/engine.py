@@ -108,8 +108,7 @@ class Engine:
         Args:
           progress: called with how many programs are ready, of how many.
         """
-        names = self._trees()
-        self._programs |= programs.compile_all(self._lowered(), progress, len(names))
+        self._programs |= programs.compile_all(self._lowered(), progress, len(self._trees()))
         self._rehearse()
 
     def export(self, path: str | os.PathLike) -> None:
