@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import random
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -372,6 +373,20 @@ def test_samples_share_the_pages_of_their_prompt(engine, alone, rng):
     # Four times eleven pages would be more than there are.
     assert [one.ids for one in done] == [alone(prompt)[:9]] * 4
     assert at_rest(served).preempted == before
+
+
+def test_an_engine_at_rest_waits_for_nobody(engine, rng):
+    """Not even where pages are still to be let go, as those of a prompt that the index has already."""
+    served = engine()
+    prompts = [rng.integers(0, TINY.vocab_size, 20).tolist()] * 2
+    for _ in range(2):
+        before, start = served.stats().host_gap, time.perf_counter()
+        served.generate(prompts, GenerationParams(max_new_tokens=9))
+        served.drain()
+        assert served.stats().host_gap - before < time.perf_counter() - start
+        assert served._scheduler.busy
+        time.sleep(time.perf_counter() - start + 0.5)
+    at_rest(served)
 
 
 def test_a_cancelled_request_gives_its_pages_back(engine, rng):
