@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import random
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -225,6 +226,10 @@ def test_the_loop_lowers_for_a_gpu(monkeypatch):
     for shape in config.shapes:
         # One reads rows of few queries, the other those of many.
         assert lowered(shape).count("custom_call @mosaic_gpu") == (2 if shape.prefill else 1)
+    # The loop itself, and those in which top-k and top-p look for their thresholds: each round of one is many launches.
+    # Not seen in what is exported, which has a loop for each cumsum.
+    loop = slots.run.trace(model, params, served._slots, np.int32(3), np.int32(1), shape=config.shapes[0])
+    assert loop.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.while") == 3
     decode, mixed = replace(config, prefill_implementation="xla").shapes
     assert decode == config.shapes[0]
     assert "custom_call @mosaic_gpu" not in lowered(mixed)
@@ -368,6 +373,20 @@ def test_samples_share_the_pages_of_their_prompt(engine, alone, rng):
     # Four times eleven pages would be more than there are.
     assert [one.ids for one in done] == [alone(prompt)[:9]] * 4
     assert at_rest(served).preempted == before
+
+
+def test_an_engine_at_rest_waits_for_nobody(engine, rng):
+    """Not even where pages are still to be let go, as those of a prompt that the index has already."""
+    served = engine()
+    prompts = [rng.integers(0, TINY.vocab_size, 20).tolist()] * 2
+    for _ in range(2):
+        before, start = served.stats().host_gap, time.perf_counter()
+        served.generate(prompts, GenerationParams(max_new_tokens=9))
+        served.drain()
+        assert served.stats().host_gap - before < time.perf_counter() - start
+        assert served._scheduler.busy
+        time.sleep(time.perf_counter() - start + 0.5)
+    at_rest(served)
 
 
 def test_a_cancelled_request_gives_its_pages_back(engine, rng):

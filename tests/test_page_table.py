@@ -11,7 +11,7 @@ from paxattn import PageTable
 
 N, P, R, M = 11, 3, 4, 5
 
-reserve = jax.jit(PageTable.reserve)
+reserve = jax.jit(PageTable.reserve, static_argnums=2)
 release = jax.jit(PageTable.release)
 fork = jax.jit(PageTable.fork)
 
@@ -26,11 +26,11 @@ class Model:
     def used(self):
         return len({id(page) for row in self.rows for page in row})
 
-    def reserve(self, lens):
+    def reserve(self, lens, each=M):
         ok = []
         for r, want in enumerate(lens):
             need = -(-max(want, self.lens[r]) // P) - len(self.rows[r])
-            ok.append(want <= M * P and need <= N - self.used())
+            ok.append(want <= M * P and need <= min(each, N - self.used()))
             if ok[r]:
                 self.rows[r] += [[None] * P for _ in range(need)]
                 self.lens[r] = max(want, self.lens[r])
@@ -72,6 +72,7 @@ lens = st.lists(st.integers(-1, M * P + 2), min_size=R, max_size=R)
 OPS = st.one_of(
     st.tuples(st.just("reserve"), lens),
     st.tuples(st.just("grow"), st.lists(st.integers(0, 4), min_size=R, max_size=R)),
+    st.tuples(st.just("a page each"), st.lists(st.integers(0, P + 2), min_size=R, max_size=R)),
     st.tuples(st.just("release"), st.lists(st.booleans(), min_size=R, max_size=R)),
     st.tuples(
         st.just("fork"),
@@ -94,6 +95,11 @@ def test_any_program_agrees_with_the_model(program):
             want = argument if name == "reserve" else [n + a for n, a in zip(model.lens, argument, strict=True)]
             device.table, ok = reserve(device.table, jnp.asarray(want, jnp.int32))
             assert ok.tolist() == model.reserve(want)
+            stamp = write(model, device, before, stamp)
+        elif name == "a page each":
+            want = [n + a for n, a in zip(model.lens, argument, strict=True)]
+            device.table, ok = reserve(device.table, jnp.asarray(want, jnp.int32), 1)
+            assert ok.tolist() == model.reserve(want, 1)
             stamp = write(model, device, before, stamp)
         elif name == "release":
             device.table = release(device.table, jnp.asarray(argument))

@@ -138,7 +138,7 @@ def apply(slots: Slots, edit: Edit) -> Slots:
 
     ends = jnp.cumsum(edit.known, dtype=jnp.int32)
     index = jnp.arange(len(edit.tokens))
-    which = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(ends) - 1)
+    which = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="scan_unrolled"), len(ends) - 1)
     row = jnp.where(index < ends[-1], into[which], kv.max_seqs)
     tokens = slots.tokens.at[row, index - (ends - edit.known)[which]].set(edit.tokens, mode="drop")
 

@@ -108,8 +108,7 @@ class Engine:
         Args:
           progress: called with how many programs are ready, of how many.
         """
-        names = self._trees()
-        self._programs |= programs.compile_all(self._lowered(), progress, len(names))
+        self._programs |= programs.compile_all(self._lowered(), progress, len(self._trees()))
         self._rehearse()
 
     def export(self, path: str | os.PathLike) -> None:
@@ -406,7 +405,8 @@ class Engine:
             self._scheduler.report(int(news.num_free))
             self._settle = bool(news.stalled)
             updates += self._digest(flight, news)
-        if not self._flights and not self._scheduler.busy:
+        # Pages that are yet to be let go keep nobody waiting.
+        if not (self._flights or self._scheduler.running or self._scheduler.waiting):
             self._meter.rest()
         return updates
 

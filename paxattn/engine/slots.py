@@ -302,30 +302,36 @@ def _shares(slots: Slots, shape: Shape, room: Array) -> Array:
 def _draw(model, params, slots: Slots, hidden: Array, shape: Shape) -> tuple[Array, tuple[Array, Array, Array]]:
     """Tokens i32 [R,W] from hidden states [R,W,E], and their log-probabilities."""
     rows, width, _ = hidden.shape
-    logits = model.logits(params, hidden.reshape(rows * width, -1))
-    rules, tokens, known = slots.rules.of_running(slots.running), slots.tokens, slots.known
-    if width > 1:
-        rules, tokens, known = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), (rules, tokens, known))
-        known = known + jnp.tile(jnp.arange(width), rows)
+    hidden = hidden.reshape(rows * width, -1)
+    rules, known = jax.tree.map(partial(_each, width), (slots.rules.of_running(slots.running), slots.known))
+    known = known + jnp.tile(jnp.arange(width), rows)
 
-    def by_rules(logits: Array) -> tuple[Array, ...]:
+    def by_rules(hidden: Array) -> tuple[Array, ...]:
+        logits = model.logits(params, hidden)
+        tokens = _each(width, slots.tokens)
         drawn = sample(rules.apply(logits, tokens, known), rules.sampling, known - rules.prompt, rules.stream)
         return drawn, *log_probabilities(logits, drawn, rules.logprobs, shape.top)
 
-    def greedy(logits: Array) -> tuple[Array, ...]:
-        nothing = jnp.zeros((len(logits), shape.top))
+    def greedy(hidden: Array) -> tuple[Array, ...]:
+        nothing = jnp.zeros((len(hidden), shape.top))
         return (
-            jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            jnp.zeros(len(logits)),
+            jnp.argmax(model.logits(params, hidden), axis=-1).astype(jnp.int32),
+            jnp.zeros(len(hidden)),
             nothing.astype(jnp.int32),
             nothing,
         )
 
-    # One branch for all that most steps do without: nothing as large as the logits leaves it.
-    drawn, chosen, ids, best = lax.cond(rules.plain(known), greedy, by_rules, logits)
+    # One branch for all that most steps do without. Each has logits of its own, as nothing that large should enter or
+    # leave a branch: the greedy one's are then read as the matrix product leaves them, without a copy in float32.
+    drawn, chosen, ids, best = lax.cond(rules.plain(known), greedy, by_rules, hidden)
     by_row = rows, width
     told = chosen.reshape(by_row), ids.reshape(*by_row, shape.top), best.reshape(*by_row, shape.top)
     return drawn.reshape(by_row), told
+
+
+def _each(times: int, x: Array) -> Array:
+    """Every row so many times."""
+    return jnp.repeat(x, times, axis=0) if times > 1 else x
 
 
 def _accept(slots: Slots, drafts: Array, guessed: Array, drawn: Array) -> tuple[Array, Array]:

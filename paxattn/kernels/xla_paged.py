@@ -123,7 +123,7 @@ def _cut(kv_lens: Array, cu_q_lens: Array, num_tokens: int, tile: int, max_q_len
     counts = tiles.cdiv(q_lens, tile)
     ends = jnp.cumsum(counts)
     index = jnp.arange(most)
-    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), rows - 1)
+    row = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="scan_unrolled"), rows - 1)
     offset = (index - (ends - counts)[row])[:, None] * tile + jnp.arange(tile)[None, :]
     exists = (index < ends[-1])[:, None] & (offset < q_lens[row][:, None])
     position = jnp.where(exists, (kv_lens - q_lens)[row][:, None] + offset, -1)
@@ -177,7 +177,7 @@ def _unpack(out: Array, lse: Array, work: Tiles, cu_q_lens: Array, num_tokens: i
     """Tiles [W,K,G,Q,Dv] back to packed tokens [T,H,Dv] and lse [H,T]; 0 and -inf past the last token."""
     tile = work.token.shape[1]
     token = jnp.arange(num_tokens)
-    row = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right"), len(work.first) - 1)
+    row = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right", method="scan_unrolled"), len(work.first) - 1)
     offset = token - cu_q_lens[row]
     where = jnp.minimum(work.first[row] + offset // tile, len(work.row) - 1), offset % tile
     exists = token < cu_q_lens[-1]

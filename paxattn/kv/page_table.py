@@ -90,7 +90,7 @@ class PageTable:
         """Tokens that one row can hold at most."""
         return self.page_table.shape[1] * self.page_size
 
-    def reserve(self, lens: Int[Array, "R"]) -> "tuple[PageTable, Bool[Array, 'R']]":
+    def reserve(self, lens: Int[Array, "R"], each: int | None = None) -> "tuple[PageTable, Bool[Array, 'R']]":
         """Grow row r to hold lens[r] tokens; rows that hold as many already stay as they are.
 
         Rows are served in order, each wholly or not at all: ok[r] is False, and row r unchanged, where too few
@@ -101,10 +101,13 @@ class PageTable:
         want = jnp.maximum(lens.astype(jnp.int32), self.lens)
         have = self._pages(self.lens)
         need = self._pages(want) - have
-        ok = _grant(need, want <= self.capacity, self.num_free)
+        rows, width = self.page_table.shape
+        each = width if each is None else min(each, width)
+        possible = (want <= self.capacity) & (need <= each)
+        ok = _grant(need, possible, self.num_free, rounds=0 if each == 1 else 4)
         ends = jnp.cumsum(jnp.where(ok, need, 0), dtype=jnp.int32)
 
-        order = jnp.arange(min(self.num_pages, self.page_table.size), dtype=jnp.int32)
+        order = jnp.arange(min(self.num_pages, rows * each), dtype=jnp.int32)
         taken = order < ends[-1]
         row = jnp.searchsorted(ends, order, side="right", method="scan_unrolled")
         at = jnp.where(taken, row, len(ends))
@@ -166,7 +169,7 @@ class PageTable:
         lens, dropped = self.lens[src], self.dropped[src]
         pages = self._pages(lens)
         partial = moves & (lens % self.page_size != 0)
-        ok = _grant(partial.astype(jnp.int32), known | (dst < 0), self.num_free)
+        ok = _grant(partial.astype(jnp.int32), known | (dst < 0), self.num_free, rounds=0)
         moves, partial = moves & ok, partial & ok
 
         own = self._next_free(jnp.cumsum(partial, dtype=jnp.int32) - 1)
@@ -257,13 +260,13 @@ class PageTable:
         return replace(self, owners=owners, free=free, num_free=place[-1])
 
 
-def _grant(need: Array, possible: Array, num_free: Array, rounds: int = 4) -> Array:
+def _grant(need: Array, possible: Array, num_free: Array, rounds: int) -> Array:
     """Who gets what it needs where requests are served in order, each wholly or not at all: bool [R].
 
     A round refuses, from the first request on that does not fit behind those before it, all that need more than
     is left there. `rounds` refusals at different fillings are told apart so, without a loop on the device whose end
     the host would have to look at; behind that many, a request is refused that does not fit behind all before it.
-    Exact in any case where each needs one page at most.
+    Exact where each needs one page at most, without any round.
     """
 
     def used(granted: Array) -> Array:

@@ -74,7 +74,8 @@ class _Store:
         """Tokens that one row can hold at most."""
         return self.page_table.shape[1] * self.layers[0].page_size
 
-    def _grow(self, lens: Array) -> tuple[Self, Array]:
+    def _grow(self, lens: Array, by: int | None) -> tuple[Self, Array]:
+        """Room for lens [R] tokens, at most `by` more than there are, where it is known."""
         raise NotImplementedError
 
     def extend(self, q_lens: Array, num_tokens: int, max_q_len: int | None = None) -> tuple[Self, Array]:
@@ -91,7 +92,7 @@ class _Store:
         """
         checks.check_ints("q_lens", q_lens, (self.max_seqs,), "R")
         before = self.lens
-        store, ok = self._grow(before + q_lens)
+        store, ok = self._grow(before + q_lens, max_q_len)
         batch = _lay_out(store.page_table, before, q_lens, ok, self.layers[0].page_size, num_tokens, max_q_len)
         return replace(store, batch=batch), ok
 
@@ -206,8 +207,8 @@ class PagedKV(_Store):
         checks.require(bounded, "window", options.get("window"), f"at most {self.window}, the store's")
         return super().attend(layer, q, k, v, **options)
 
-    def _grow(self, lens: Array) -> tuple["PagedKV", Array]:
-        table, ok = self.table.reserve(lens)
+    def _grow(self, lens: Array, by: int | None) -> tuple["PagedKV", Array]:
+        table, ok = self.table.reserve(lens, None if by is None else -(-by // self.table.page_size))
         return replace(self, table=table), ok
 
     def end_step(self) -> "PagedKV":
@@ -274,7 +275,7 @@ class _RowsKV(_Store):
     def lens(self) -> Array:
         return self.row_lens
 
-    def _grow(self, lens: Array) -> tuple[Self, Array]:
+    def _grow(self, lens: Array, by: int | None) -> tuple[Self, Array]:
         ok = lens <= self.capacity
         return replace(self, row_lens=jnp.where(ok, lens, self.row_lens)), ok
 
@@ -390,7 +391,9 @@ def _lay_out(page_table, before, q_lens, ok, page_size, num_tokens, max_q_len) -
     """Where the packed tokens of rows that held `before` tokens belong."""
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(q_lens, dtype=jnp.int32)])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    rows = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right"), len(before) - 1).astype(jnp.int32)
+    # Unrolled it is one kernel on a GPU, as a loop a few for every round.
+    rows = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="scan_unrolled")
+    rows = jnp.minimum(rows, len(before) - 1).astype(jnp.int32)
     written = (token < cu_q_lens[-1]) & ok[rows]
     positions = jnp.where(written, before[rows] + token - cu_q_lens[rows], 0)
     page = page_table[rows, positions // page_size]
