@@ -41,7 +41,6 @@ BY_NAME = {
     ("flash_attention", "mosaic_tpu"),
     ("paged_attention", "mosaic_tpu"),
     ("write_pages", "mosaic_tpu"),
-    ("write_compressed_pages", "mosaic_gpu"),
 }
 
 

@@ -161,6 +161,7 @@ def started(model: Any, params: Any, work: Workload, options: argparse.Namespace
         engine.export(kept)
         say(f"{work.name}: programs written in {time.perf_counter() - ready:.1f} s")
     engine.generate([[1] * 8], paxattn.GenerationParams(max_new_tokens=1))
+    engine.drain()
     return engine
 
 

@@ -42,8 +42,11 @@ class Codes:
     def expand_values(self, codes, first, end, tile):
         tile.array[:, : codes.shape[1]] = np.where(kept(codes, first, end)[:, None], codes.array, 0)
 
-    def expand_scales(self, scales, _, first, end, factor, target):
-        target.array[:] = np.where(kept(scales, first, end), scales.array[:, 0] * factor, 0)
+    def load_scale(self, scales, _):
+        return scales.array[:, 0]
+
+    def store_scale(self, scale, first, end, factor, target):
+        target.array[:] = np.where(kept(target, first, end), scale * factor, 0)
 
 
 def kept(rows, first, end):

@@ -332,8 +332,9 @@ class Engine:
         program = self._programs.get(shape) or partial(run, self.model, shape=shape)
         self._slots, news = program(self.params, self._slots, np.int32(steps), np.int32(idle))
         self._meter.launch(start, under_way)
-        for x in jax.tree.leaves(news):
-            x.copy_to_host_async()
+        with jax.transfer_guard_device_to_host("allow"):  # Of this copy a user who forbids them knows nothing.
+            for x in jax.tree.leaves(news):
+                x.copy_to_host_async()
         self._flights.append(_Flight(news, running, steps, fed, start))
 
     def _choose(self, running: dict[int, Request]) -> tuple[Shape, int, int]:
@@ -462,7 +463,17 @@ class Engine:
             self._live.pop(number, None)
 
     def _rehearse(self) -> None:
-        """Where rows may be swapped, swap an empty one of each size out and in, as that compiles what it takes."""
+        """Run every program, of no rows: in its first run a GPU is told of it, which takes as long as many steps.
+
+        Where rows may be swapped, swap an empty one of each size out and in, as that compiles what it takes.
+        """
+        if self.busy:
+            return
+        for shape in self.config.shapes:
+            self._slots, _ = self._programs[shape](self.params, self._slots, np.int32(1), np.int32(0))
+        for size in self._room.tokens:
+            self._slots = self._programs[size](self._slots, self._empty_edit(size))
+        self._slots = jax.block_until_ready(self._programs["fork"](self._slots, *self._forks([])))
         if self.config.preemption != "swap":
             return
         table = self._slots.kv.table

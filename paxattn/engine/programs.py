@@ -1,6 +1,7 @@
 """An engine's programs: compiled side by side, and kept in a file for the next process."""
 
 import hashlib
+import importlib
 import json
 import os
 import zipfile
@@ -65,6 +66,8 @@ def load(path: Path, about: dict[str, str], trees: dict[Hashable, tuple[Any, Any
             if there.get(name) != here:
                 raise ValueError(f"{path}: programs for {name} {there.get(name)}, not {here}; export them again")
         read = {name: file.read(str(name)) for name in trees}
+    if jax.default_backend() == "gpu":
+        importlib.import_module("jax.experimental.mosaic.gpu")  # tells the plugin where what its kernels call is
     with ThreadPoolExecutor(len(trees)) as pool:
         loads = {
             name: pool.submit(serialize_executable.deserialize_and_load, read[name], *tree)

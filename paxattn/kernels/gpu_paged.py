@@ -78,12 +78,11 @@ def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
 def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool, *arrays: Any) -> tuple[Array, Array]:
     """Rows by themselves: those of few queries in one kernel, and with it a prefix; those of many in another."""
     plainly = compressed or arrays[-1] is not None
-    read_as, blocks = problem if plainly else gpu_paged_plan.abreast(problem), multiprocessors()
+    read_as, blocks = problem if plainly else gpu_paged_plan.abreast(problem), gpu_paged_plan.blocks(multiprocessors())
     if compressed:
         kind, config = gpu_paged_codes.CODES, gpu_paged_codes.config_for(problem)
     else:
         kind, config = gpu_paged_decode.PLAIN, gpu_paged_plan.config_for(read_as)
-        blocks = gpu_paged_plan.blocks(blocks)
     results = gpu_paged_decode.decode(kind, read_as, config, blocks, *arrays)
     if not some_are_long:
         return results

@@ -1,8 +1,9 @@
 """Compressed pages in the paged decode kernel: int8 and float8_e4m3fn codes and their scales.
 
 A slot of a ring has a block's codes, as TMA brings them, and its scales, which a warp of their own copies, as TMA takes
-no less than sixteen bytes of a row. Where both workers of a block read heads that are neighbours, they share a ring. The consumer makes float16 tiles of the codes, keys with their scales.
-Values get theirs from the weights, one factor for all columns. The products are of float16 whatever q is.
+no less than sixteen bytes of a row. Workers of a block of the grid that read neighbouring heads share a
+ring. The consumer makes float16 tiles of the codes, keys with their scales. Values get theirs from the weights, one
+factor for all columns. The products are of float16 whatever q is.
 """
 
 from functools import partial
@@ -21,7 +22,6 @@ from paxattn.kernels.hopper import COL, ROW, WGMMA
 from paxattn.kernels.hopper_lanes import LANES
 
 HALF = jnp.float16
-AHEAD = True
 LIFT = 64.0  # A factor of weights, so that small ones, times the scale of values, and large scales are float16 numbers.
 
 
@@ -176,8 +176,6 @@ class CodeConsumer(Consumer):
         return [hopper_lanes.load_rows(self.q, rows, WGMMA, self.problem.columns).astype(HALF)]
 
     def steps(self, item: Item, count, state):
-        if not AHEAD:
-            return self.steps_old(item, count, state)
         o, m, l = state
         q = self.queries(item)
         self.take_keys(item, count, 0)
@@ -240,41 +238,6 @@ class CodeConsumer(Consumer):
         p, m, l, alpha = self.softmax(s, m, l, item, item.block + j)
         weights = plgpu.load(self.smem["v_weights"].at[self.wg], layout=COL, optimized=False)
         return (p * lax.broadcast_in_dim(weights, p.shape, [1])).astype(HALF), m, l, alpha
-
-    def steps_old(self, item: Item, count, state):
-        o, m, l = state
-        q = self.queries(item)
-        self.take_keys(item, count, 0)
-        state = self.weigh_old(item, count, 0, o, m, l, *q)
-        o, m, l, p, *_ = lax.fori_loop(1, item.blocks, partial(self.step_old, item, count), state)
-        return hopper.wait(0, hopper_pages.accumulate(o, p, self.tile_of("v"))), m, l
-
-    def step_old(self, item: Item, count, j, state):
-        """Weights of block j. Those of the block before meet their values while the keys of this one are expanded."""
-        o, m, l, p, *q = state
-        o, p, *q = hopper.settle(o, p, *q)
-        o = hopper_pages.accumulate(o, p, self.tile_of("v"))
-        self.take_keys(item, count, j)
-        o, _ = hopper.wait(0, o, p)
-        return self.weigh_old(item, count, j, o, m, l, *q)
-
-    def weigh_old(self, item: Item, count, j, o, m, l, *q):
-        slot, weights = self.slot(count, j), self.smem["v_weights"].at[self.wg]
-        start = (item.block + j) * self.config.block
-        seen = item.begin - start, item.kv_len - start
-        hopper.fence()
-        self.meet()  # All keys are there, and the values of the block before have been used.
-        s = hopper_pages.scores(q[0] if q else self.tile_of("q"), self.tile_of("k"))
-        codes, scales = self.codes("v_codes", slot), self.smem["v_scales"].at[self.wg, slot]
-        loaded = hopper_codes.load_scale(scales, self.odd(item, 1))
-        hopper_codes.expand_values(codes, *seen, self.tile_of("v"))
-        hopper_codes.store_scale(loaded, *seen, LIFT, weights)
-        self.release(slot)
-        p, m, l, alpha = self.softmax(hopper.wait(0, s), m, l, item, item.block + j)
-        hopper.fence()  # Not before: it waits for what was stored, which takes as long as this softmax.
-        self.meet()
-        p = p * lax.broadcast_in_dim(plgpu.load(weights, layout=COL, optimized=False), p.shape, [1])
-        return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(HALF), *q
 
     def mask(self, s, item: Item, block):
         """Nothing where all queries see all keys of the block."""

@@ -47,13 +47,15 @@ def expand_keys(codes: Any, scales: Any, odd: Array, tile: Any) -> None:
 
 
 def expand_values(codes: Any, first: Array, end: Array, tile: Any) -> None:
-    """Codes [R, D] to the first columns of a tile of float16, by a warpgroup; 0 in rows not in [first, end)."""
+    """Codes [R, D] to the first columns of a tile of float16, by a warpgroup. In rows not in [first, end) all numbers
+    are finite: 0, or what the codes say where none says NaN."""
     dtype, types = codes.dtype, (REF, SCALAR, SCALAR, hopper_pages.TILE)
 
     @plgpu.inline_mgpu(arg_types=types)
     def issue(_, codes, first, end, tile):
         first, end = first.registers[()], end.registers[()]
-        _expand(dtype, codes, tile, keep=lambda row: _between(first, row, end))
+        keep = None if dtype == jnp.int8 else lambda row: _between(first, row, end)
+        _expand(dtype, codes, tile, keep=keep)
 
     issue(codes, first, end, tile)
 
@@ -112,9 +114,10 @@ def _expand(dtype: Any, codes: ir.Value, tile: ir.Value, scale_of: Any = None, k
             row, unit = arith.divui(at, _c(width // UNIT)), arith.remui(at, _c(width // UNIT))
             source = arith.addi(arith.muli(row, _c(row_bytes)), arith.muli(unit, _c(UNIT)))
             place = [arith.addi(base, source), *_halves_at(to, row, unit, boxes_a_row)]
-            extra = scale_of(row, unit) if scale_of else arith.extui(_i32(), keep(row))
-            places.append([*place, extra])
-        _asm(_text(dtype, len(places), scale_of is not None), [x for place in places for x in place])
+            extra = [scale_of(row, unit)] if scale_of else [arith.extui(_i32(), keep(row))] if keep else []
+            places.append(place + extra)
+        text = _text(dtype, len(places), scale_of is not None, keep is not None)
+        _asm(text, [x for place in places for x in place])
 
 
 def _apart(unit: ir.Value, units_a_row: int) -> ir.Value:
@@ -127,30 +130,32 @@ def _apart(unit: ir.Value, units_a_row: int) -> ir.Value:
     return arith.xori(unit, arith.muli(odd, _c(units_a_row)))
 
 
-def _text(dtype: Any, count: int, scaled: bool) -> str:
+def _text(dtype: Any, count: int, scaled: bool, kept: bool) -> str:
     """PTX that expands `count` units. All are loaded before the first is stored, or each would wait for the one before.
 
     Operands of each unit: the address of the codes, those of both halves of the result, and the scale's address or
-    whether the unit is kept.
+    whether the unit is kept, if either is told.
     """
+    each = 4 if scaled or kept else 3
     lines = [
         f".reg .b32 c<{4 * count}>, x<{8 * count}>, s<{count}>, bias; .reg .b16 t<{count}>, low, high;",
         f".reg .pred p<{count}>; mov.b32 bias, 0x64806480;",
     ]
     for i in range(count):
-        code, extra = 4 * i, 4 * i + 3
-        lines.append(f"ld.shared.v4.b32 {{c{code}, c{code + 1}, c{code + 2}, c{code + 3}}}, [${4 * i}];")
-        lines.append(f"ld.shared.b16 t{i}, [${extra}];" if scaled else f"setp.ne.b32 p{i}, ${extra}, 0;")
+        code, extra = 4 * i, each * i + 3
+        lines.append(f"ld.shared.v4.b32 {{c{code}, c{code + 1}, c{code + 2}, c{code + 3}}}, [${each * i}];")
+        lines += [f"ld.shared.b16 t{i}, [${extra}];"] if scaled else []
+        lines += [f"setp.ne.b32 p{i}, ${extra}, 0;"] if kept else []
     for i in range(count):
         lines += [f"mov.b32 s{i}, {{t{i}, t{i}}};"] if scaled else []
         for j in range(4 * i, 4 * i + 4):
-            lines += [] if scaled else [f"selp.b32 c{j}, c{j}, 0, p{i};"]
+            lines += [f"selp.b32 c{j}, c{j}, 0, p{i};"] if kept else []
             halves = TO_HALVES[jnp.dtype(dtype).name]
             lines.append(halves.replace("$c", f"c{j}").replace("$l", f"x{2 * j}").replace("$h", f"x{2 * j + 1}"))
             lines += [f"mul.rn.f16x2 x{x}, x{x}, s{i};" for x in (2 * j, 2 * j + 1)] if scaled else []
         for half in range(2):
             of_half = ", ".join(f"x{8 * i + 4 * half + n}" for n in range(4))
-            lines.append(f"st.shared.v4.b32 [${4 * i + 1 + half}], {{{of_half}}};")
+            lines.append(f"st.shared.v4.b32 [${each * i + 1 + half}], {{{of_half}}};")
     return "{ " + " ".join(lines) + " }"
 
 
