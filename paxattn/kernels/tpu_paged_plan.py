@@ -47,6 +47,11 @@ class Problem:
         """Up to how many queries a row is of few."""
         return self.longest if self.longest * self.heads <= MOST_JOINT_ROWS else 1
 
+    def in_sight(self, key: Array, query: Array) -> Array:
+        """Whether a query sees a key, by their places in the row."""
+        seen = key <= query
+        return seen if self.left is None else seen & (key >= query - self.left)
+
 
 @dataclass(frozen=True)
 class Config:
