@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PAGED, error, paged_inputs
+from cases import PAGED, PagedCase, error, paged_inputs
 from test_paged_attention import LOW, run
 from tpu import GENERATIONS, compile_for, interpreted
 
@@ -105,7 +105,8 @@ def test_pages_are_written_in_place(generation, tokens):
 
 def copies_of(pages, compiled):
     """Instructions that make an array of the pages' shape from another."""
-    shape = re.escape(str(list(pages.shape)).replace(" ", ""))
+    num_pages, page_size, kv_heads, dim = pages.shape
+    shape = rf"\[{num_pages},{page_size},{f'(?:{kv_heads},)?' if kv_heads == 1 else f'{kv_heads},'}{dim}\]"
     return re.findall(rf"= \w+{shape}\S* (?:copy|fusion|transpose)\(.*", compiled.as_text())
 
 
@@ -117,6 +118,18 @@ def arrays(tokens, rows, width, heads, page_size, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct((tokens, h, d), dtype), KVPages(pages, pages), *ints
 
 
+@pytest.mark.parametrize("page_size", [8, 16])
+@pytest.mark.parametrize(("q_lens", "options"), [((1, 1, 1), dict(max_q_len=1)), ((300, 1, 40), {})])
+def test_pages_of_a_single_head(page_size, q_lens, options, rng):
+    case = PagedCase("", q_lens, (620, 130, 64), (3, 1, 128), page_size, options=options)
+    inputs = paged_inputs(case, rng, jnp.bfloat16)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    want, _ = run(case, exact, "reference")
+    got, _ = interpret(case, inputs)
+    plainly, _ = run(case, inputs, "xla")
+    assert error(got, want) <= 2 * error(plainly, want) + 1e-6
+
+
 LLAMA_8B, LLAMA_70B, QWEN, GEMMA = (32, 8, 128), (64, 8, 128), (14, 2, 64), (8, 4, 256)
 CALLS = {
     **{f"decode_pages_of_{page}": ((64, 64, 2048 // page, LLAMA_8B, page), 1) for page in (16, 64, 128)},
@@ -124,6 +137,8 @@ CALLS = {
     "decode_llama_70b": ((64, 64, 128, LLAMA_70B, 16), 1),
     "decode_qwen": ((64, 64, 128, QWEN, 16), 1),
     "decode_gemma": ((64, 64, 128, GEMMA, 16), 1),
+    "decode_of_one_kv_head": ((64, 64, 128, (8, 1, 128), 16), 1),
+    "mixed_of_one_kv_head": ((2048, 9, 512, (8, 1, 128), 16), None),
     "mixed_llama_70b": ((2048, 9, 512, LLAMA_70B, 16), None),
     "mixed_qwen": ((2048, 9, 512, QWEN, 16), None),
     "mixed_gemma": ((2048, 9, 512, GEMMA, 16), None),

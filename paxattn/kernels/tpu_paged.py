@@ -20,6 +20,7 @@ from paxattn.kernels.tpu_tiles import VMEM_BYTES
 
 MOST_ENTRIES = 2**15  # of a row, two of which are in SMEM
 MOST_RESIDENT = 2**16  # entries of a page table that is in SMEM as a whole
+REGISTER = 16  # tokens of bfloat16
 
 
 def paged_attention(
@@ -37,6 +38,7 @@ def paged_attention(
     if page_table.size > MOST_RESIDENT:
         page_table = jnp.pad(page_table, ((0, 0), (0, -width % LANES))).reshape(rows, -1, LANES)
     q = _scaled(q, scale, softcap)
+    k, v = _as_they_lie(k), _as_they_lie(v)
     parts = []
     for config in [few_config(problem)] + [many_config(problem)] * (longest > problem.few):
         work = cut(problem, config, kv_lens, cu_q_lens)
@@ -61,9 +63,20 @@ def _decline(q: Array, pages: Any, page_table: Array) -> None:
         raise NotImplementedError("an axis of nothing: 'mosaic_tpu' serves none, 'xla' does")
 
 
+def _as_they_lie(pages: Array) -> Array:
+    """[N,P,K,D], or [N,P,D] of a single head: in XLA's order of such bfloat16 arrays tokens stand where heads do else.
+
+    Given to the kernel as [N,P,1,D], all pages would be copied into another order. Of shorter pages, which are no whole
+    registers, they are.
+    """
+    _, page_size, kv_heads, _ = pages.shape
+    turned = kv_heads == 1 and pages.dtype == jnp.bfloat16 and page_size % REGISTER == 0
+    return pages[:, :, 0] if turned else pages
+
+
 def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tuple[Array, Array]:
     """Tiles q [W,A,Q,D] -> out [W,A,Q,D], lse float32 [W,A,Q,1]; arbitrary for tiles that are not there."""
-    count, sets, queries, dim = q.shape
+    count, sets, queries, _ = q.shape
     block, heads = config.block(problem), problem.kv_heads
     standing = lambda x: x if config.joint else x.swapaxes(-1, -2)
     labels = jax.tree.map(lambda x: x.astype(jnp.int32), tpu_paged_tile.way(config).labels(problem, config))
@@ -97,7 +110,7 @@ def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tu
             ),
             out_specs=(spec(q.shape[1:]), spec(state)),
             scratch_shapes=(
-                pltpu.VMEM((2, 2, block, heads, dim), k.dtype),
+                pltpu.VMEM((2, 2, block, *k.shape[2:]), k.dtype),
                 tpu_paged_tile.way(config).scratch(problem, config, k.dtype),
                 None if resident else pltpu.SMEM((2, *table.shape[1:]), jnp.int32),
                 pltpu.SMEM((1,), jnp.int32),

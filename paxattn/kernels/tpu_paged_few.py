@@ -51,7 +51,7 @@ def scratch(problem: Problem, config: Config, dtype: Any) -> State:
 
 
 def take(problem: Problem, config: Config, refs: Any, kv: Any, position: Array, whole: Array) -> None:
-    """Take keys and values [S,K,D] into the state, some at a time: what waits for one overlaps with others.
+    """Take keys and values [S,K,D] (or, of one head, [S,D]) into the state, some at a time: their stages overlap.
 
     position: of the first query in the block.
     """

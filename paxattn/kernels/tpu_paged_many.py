@@ -42,12 +42,13 @@ def scratch(problem: Problem, config: Config, dtype: Any) -> State:
 
 
 def take(problem: Problem, config: Config, refs: Any, kv: Any, position: Array, whole: Array) -> None:
-    """Take keys and values [S,K,D] into the states.
+    """Take keys and values [S,K,D] (or, of one head, [S,D]) into the states.
 
     position: of the first query in the block; whole: whether all queries see all keys.
     """
-    refs.state.k[...] = kv[0].swapaxes(0, 1)
-    refs.state.v[...] = kv[1].transpose(1, 2, 0)
+    k, v = (x if x.ndim == 3 else x[:, None] for x in (kv[0], kv[1]))
+    refs.state.k[...] = k.swapaxes(0, 1)
+    refs.state.v[...] = v.transpose(1, 2, 0)
     heads = gcd(problem.kv_heads, HEADS_AT_ONCE)
     for masked in (False, True):
         visit = partial(_visit, problem, config, refs, position if masked else None, heads)

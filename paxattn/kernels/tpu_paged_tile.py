@@ -13,10 +13,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paxattn.kernels import tpu_paged_few, tpu_paged_many
+from paxattn.kernels import tiles, tpu_paged_few, tpu_paged_many
 from paxattn.kernels.tpu_paged_plan import LANES, Config, Problem
 
 COPIES_AT_ONCE = 8
+CLEARED_AT_ONCE = 16  # tokens, which are whole registers
 
 
 class Refs(NamedTuple):
@@ -30,14 +31,14 @@ class Refs(NamedTuple):
     q: Any  # [A,Q,D]
     labels: Any  # of the way to compute
     sinks: Any  # [A,Q,1] or None; without a joint config all [Q,1] here are [1,Q]
-    k: Any  # [N,P,K,D] in HBM, as v and table
+    k: Any  # [N,P,K,D] or, of one head, [N,P,D]; in HBM, as v and table
     v: Any  # [N,P,K,D]
     table: Any  # [R,C,128], where it is not resident
     # outputs
     out: Any  # [A,Q,D]
     lse: Any  # [A,Q,1]
     # scratch
-    kv: Any  # [2,2,S,K,D] two blocks of keys and values
+    kv: Any  # [2,2,S,K,D] or [2,2,S,D]: two blocks of keys and values
     state: Any  # of the way to compute
     entries: Any  # [2,C,128] lines of the table, in SMEM, where it is not resident
     turn: Any  # [1] blocks computed, in SMEM
@@ -142,7 +143,7 @@ class Kernel(NamedTuple):
         def copy(j):
             page = self._entry(i, first + j)
             for source, kind in ((refs.k, 0), (refs.v, 1)):
-                place = refs.kv.at[slot, kind, pl.ds(j * size, size)]
+                place = refs.kv.at[slot, kind, pl.ds(pl.multiple_of(j * size, size), size)]
                 pltpu.make_async_copy(source.at[page], place, refs.arrived.at[slot]).start()
 
         several = lax.div(count, COPIES_AT_ONCE)
@@ -184,11 +185,15 @@ class Kernel(NamedTuple):
         values = self.refs.kv.at[slot, 1]
         begin, end = self._seen(i, block)
 
-        def clear(at):
-            values[at] = jnp.zeros(values.shape[1:], values.dtype)
+        def clear(group):
+            first = pl.multiple_of(group * CLEARED_AT_ONCE, CLEARED_AT_ONCE)
+            some = values.at[pl.ds(first, CLEARED_AT_ONCE)]
+            token = lax.broadcasted_iota(jnp.int32, some.shape, 0) + first
+            kept = jnp.where((token >= begin) & (token < end), some[...].astype(jnp.float32), 0.0)
+            some[...] = kept.astype(values.dtype)
 
-        pl.loop(0, begin)(clear)
-        pl.loop(end, values.shape[0])(clear)
+        pl.loop(0, tiles.cdiv(begin, CLEARED_AT_ONCE))(clear)
+        pl.loop(lax.div(end, CLEARED_AT_ONCE), values.shape[0] // CLEARED_AT_ONCE)(clear)
 
     def _compute(self, i, block, slot) -> None:
         refs = self.refs
