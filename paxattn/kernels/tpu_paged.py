@@ -28,16 +28,16 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     del shared_prefix_len  # a hint
     _decline(q, pages, page_table)
-    (tokens, heads, dim), (_, page_size, kv_heads, _) = q.shape, pages.k.shape
+    (tokens, heads, _), (_, page_size, kv_heads, row) = q.shape, pages.k.shape
     rows, width = page_table.shape
     left = None if left is None else min(left, width * page_size)  # all there is
     longest = min(max_q_len or tokens, tokens)
-    problem = Problem(tokens, heads, kv_heads, dim, page_size, rows, width, longest, left, scale, softcap)
+    problem = Problem(tokens, heads, kv_heads, row, page_size, rows, width, longest, left, scale, softcap)
     arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
     q, k, v, page_table, kv_lens, cu_q_lens, sinks = online_softmax.vary_like(arrays, *jax.tree.leaves(arrays))
     if page_table.size > MOST_RESIDENT:
         page_table = jnp.pad(page_table, ((0, 0), (0, -width % LANES))).reshape(rows, -1, LANES)
-    q = _scaled(q, scale, softcap)
+    q = _in_row(_scaled(q, scale, softcap), pages.heads_a_row, kv_heads)
     k, v = _as_they_lie(k), _as_they_lie(v)
     parts = []
     for config in [few_config(problem)] + [many_config(problem)] * (longest > problem.few):
@@ -46,6 +46,7 @@ def paged_attention(
             (config, work, _attend(problem, config, work, gather(problem, config, work, q), k, v, page_table, sinks))
         )
     out, lse = scatter(problem, parts, cu_q_lens)
+    out = _of_row(out, pages.heads_a_row, kv_heads)
     exists = jnp.arange(tokens) < cu_q_lens[-1]
     return jnp.where(exists[:, None, None], out, 0), jnp.where(exists[:, None], lse[..., 0], -jnp.inf).T
 
@@ -61,6 +62,24 @@ def _decline(q: Array, pages: Any, page_table: Array) -> None:
         raise NotImplementedError(f"{page_table.shape[1]} pages a row: 'mosaic_tpu' serves up to {MOST_ENTRIES}")
     if 0 in q.shape or 0 in pages.k.shape or 0 in page_table.shape:
         raise NotImplementedError("an axis of nothing: 'mosaic_tpu' serves none, 'xla' does")
+
+
+def _in_row(q: Array, heads_a_row: int, rows: int) -> Array:
+    """q [T,H,D] -> [T,H,h*D], each query at the place that its head of K has in a row, and zeros beside it.
+
+    So a row is as a head to the kernel: what lies side by side in it is multiplied with zeros.
+    """
+    tokens, heads, dim = q.shape
+    split = q.reshape(tokens, rows, heads_a_row, -1, 1, dim)
+    mine = jnp.eye(heads_a_row, dtype=bool).reshape(1, 1, heads_a_row, 1, heads_a_row, 1)
+    return jnp.where(mine, split, 0).reshape(tokens, heads, -1)
+
+
+def _of_row(out: Array, heads_a_row: int, rows: int) -> Array:
+    """out [T,H,h*D] -> [T,H,D], of each query what its head of K has brought."""
+    tokens, heads, width = out.shape
+    split = out.reshape(tokens, rows, heads_a_row, -1, heads_a_row, width // heads_a_row)
+    return jnp.stack([split[:, :, i, :, i] for i in range(heads_a_row)], axis=2).reshape(tokens, heads, -1)
 
 
 def _as_they_lie(pages: Array) -> Array:
