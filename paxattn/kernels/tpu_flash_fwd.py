@@ -126,7 +126,9 @@ def _visit(problem: Problem, config: Config, kind: Kind, refs: Refs, by_segment:
 
     column = lambda tile: (tile.q // config.tile_q, tile.q_end - tile.q)
     values = lambda tile: refs.v[:, tile.keys_at]
-    Visit(refs.states, kind, column, scores, values).take(bold=not by_segment)
+    # Where there is a mask, another body of code would save less than it costs to compile.
+    whole = not by_segment and all(tile.ahead is None and tile.keys is None for tile in kind)
+    Visit(refs.states, kind, column, scores, values, refs.v.dtype).take(bold=whole)
 
 
 def _finish(config: Config, refs: Refs, sink: Array | None) -> None:

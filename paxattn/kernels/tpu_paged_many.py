@@ -85,6 +85,7 @@ def _visit(problem: Problem, config: Config, refs: Any, position: Array | None, 
         lambda tile: (tile.head * columns + tile.q // TILE, min(TILE, rows - tile.q)),
         scores,
         lambda tile: refs.state.v[first + tile.head, :, keys_at(tile)],
+        refs.state.v.dtype,
         first * columns,
     ).take(bold=position is None)
 

@@ -83,6 +83,7 @@ class Visit(NamedTuple):
     column: Callable[[Any], tuple[int, int]]
     scores: Callable[[Any], Array]  # [keys,queries], in base 2, -inf where masked
     values: Callable[[Any], Array]  # [Dv,keys]
+    dtype: Any  # of the values
     first: Any = 0
 
     def take(self, bold: bool) -> None:
@@ -115,7 +116,7 @@ class Visit(NamedTuple):
             c, _ = self.column(tile)
             p = jnp.exp2(self.scores(tile) - m[c])
             l[c] += p.sum(axis=0, keepdims=True)
-            return p  # the matrix unit rounds it as it takes it in, which costs no instruction
+            return p.astype(self.dtype)  # for v6e and v5e, which else keep it as float32 in VMEM
 
         def accumulate(tile: Any, p: Array) -> None:
             c, width = self.column(tile)
@@ -148,7 +149,7 @@ class Visit(NamedTuple):
             m[c] = jnp.maximum(old, s.max(axis=0, keepdims=True))
             p, fade = jnp.exp2(s - m[c]), jnp.exp2(old - m[c])
             l[c] = l[c] * fade + p.sum(axis=0, keepdims=True)
-            return p, fade
+            return p, fade  # the matrix unit rounds p as it takes it in; here a cast would cost more
 
         def accumulate(tile: Any, weights: tuple[Array, Array]) -> None:
             c, width = self.column(tile)
