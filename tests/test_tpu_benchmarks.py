@@ -6,6 +6,7 @@ import jax
 import pytest
 from tpu import compile_for
 
+from paxattn import dispatch
 from scripts.attention import shapes as attention
 from scripts.attention.peers import ours
 from scripts.attention.programs import program
@@ -34,7 +35,8 @@ def test_flash_attention_compiles(row):
 
 
 @pytest.mark.parametrize("text", fast_and_slow(DECODES, SMOKE_DECODES))
-def test_paged_attention_compiles(text):
+def test_paged_attention_compiles(text, monkeypatch):
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")  # so that pages are as there
     shape = paged.Shape.parse(text)
     inputs = jax.eval_shape(partial(paged.inputs, shape))
     decode = partial(compile_for, "v6e", paged_by(TPU)(shape), inputs)
