@@ -185,6 +185,8 @@ CALLS = {
     "mixed_gemma": ((2048, 9, 512, GEMMA, 16), None),
     "a_large_table": ((4096, 4096, 512, LLAMA_8B, 16), 1),
     "32_kv_heads_float32": ((64, 64, 128, (32, 32, 128), 16, jnp.float32), 1),
+    "mixed_32_kv_heads_float32": ((2048, 9, 512, (32, 32, 128), 16, jnp.float32), None),
+    "mixed_16_heads_of_256_float32": ((2048, 9, 512, (16, 16, 256), 16, jnp.float32), None),
 }
 QUICK = ("decode_pages_of_16", "a_large_table")
 

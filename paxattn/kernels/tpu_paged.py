@@ -40,7 +40,7 @@ def paged_attention(
     q = _in_row(_scaled(q, scale, softcap), pages.heads_a_row, kv_heads)
     k, v = _as_they_lie(k), _as_they_lie(v)
     parts = []
-    for config in [few_config(problem)] + [many_config(problem)] * (longest > problem.few):
+    for config in [few_config(problem)] + [many_config(problem, k.dtype.itemsize)] * (longest > problem.few):
         work = cut(problem, config, kv_lens, cu_q_lens)
         parts.append(
             (config, work, _attend(problem, config, work, gather(problem, config, work, q), k, v, page_table, sinks))
