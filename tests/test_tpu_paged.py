@@ -203,3 +203,17 @@ def test_compiles(generation, call):
     assert "paged_attention_few" in compiled.as_text()
     assert ("paged_attention_many" in compiled.as_text()) == (longest is None)
     assert not copies_of(args[1].k, compiled)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("heads", [QWEN, (8, 1, 128), (32, 8, 64)], ids=str)
+def test_a_step_over_narrow_or_single_heads_works_in_place(generation, heads):
+    q, pages, *rest = arrays(64, 64, 128, heads, 16)
+    new, slots = jax.ShapeDtypeStruct((64, *heads[1:]), q.dtype), jax.ShapeDtypeStruct((64,), jnp.int32)
+
+    def step(pages, q, k, v, slots, *rest):
+        pages = write_pages(pages, k, v, slots, implementation="xla")
+        return paged_attention(q, pages, *rest, max_q_len=1, implementation=TPU), pages
+
+    compiled = compile_for(generation, jax.jit(step, donate_argnums=0), pages, q, new, new, slots, *rest)
+    assert compiled.memory_analysis().temp_size_in_bytes < pages.k.size * pages.k.dtype.itemsize // 4

@@ -67,7 +67,7 @@ def _decline(q: Array, pages: Any, page_table: Array) -> None:
 def _in_row(q: Array, heads_a_row: int, rows: int) -> Array:
     """q [T,H,D] -> [T,H,h*D], each query at the place that its head of K has in a row, and zeros beside it.
 
-    So a row is as a head to the kernel: what lies side by side in it is multiplied with zeros.
+    So a row is as a head to the kernel: what lies beside a head is multiplied with zeros, and reaches it if it is NaN.
     """
     tokens, heads, dim = q.shape
     split = q.reshape(tokens, rows, heads_a_row, -1, 1, dim)
