@@ -54,7 +54,7 @@ def call(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
     if implementation is not None:
         return load(op, implementation)(*args, **kwargs)
     declined = []
-    for name in ORDER.get(_platform(), ("xla",)):
+    for name in ORDER.get(platform(), ("xla",)):
         if (op, name) in BY_NAME:
             continue
         try:
@@ -64,7 +64,7 @@ def call(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(f"{op}: every implementation declines. {'; '.join(declined)}")
 
 
-def _platform() -> str:
+def platform() -> str:
     """Of the device that arrays come to be on, unless they are put elsewhere."""
     device = jax.config.jax_default_device
     return getattr(device, "platform", device) or jax.default_backend()

@@ -24,6 +24,7 @@ def flash_attention(q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, righ
 def paged_attention(q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, **hints):
     """[T,H,D] and pages [N,P,K,D] -> [T,H,D], lse [H,T]; arguments as in paxattn.paged_attention."""
     del hints
+    pages = pages.apart()
     page_size = pages.k.shape[1]
     k_pages, v_pages = _decompressed(pages.k, pages.k_scale), _decompressed(pages.v, pages.v_scale)
     capacity = page_table.shape[1] * page_size

@@ -193,6 +193,8 @@ def _decline(q: Array, pages: Any) -> None:
     _need_hopper()
     if q.dtype.name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
+    if pages.heads_a_row != 1:
+        raise NotImplementedError(f"{pages.heads_a_row} heads a row: 'mosaic_gpu' serves pages as a GPU has them")
     if pages.k.dtype != q.dtype and pages.k_scale is None:
         raise NotImplementedError(f"pages of {pages.k.dtype} for {q.dtype}: 'mosaic_gpu' serves pages of q's dtype")
     if pages.k_scale is not None and not gpu_paged_codes.serves(pages):

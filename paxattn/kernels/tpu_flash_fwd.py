@@ -1,8 +1,6 @@
-"""flash_attention forward on TPU: Pallas Mosaic TPU (FlashAttention-2, Dao 2023, turned on its side).
+"""flash_attention forward on TPU: Pallas Mosaic TPU (FlashAttention-2, Dao 2023), with scores as in `tpu_turned`.
 
-Scores are transposed, S^T = K Q^T: keys lie along sublanes, so that a query's maximum and sum are elementwise over
-registers, and O^T = V^T P^T keeps P^T in the matrix unit while V^T, which is short, streams past it. The program
-issues QK of one tile, the softmax of the tile before and PV of the one before that side by side.
+A list of steps says which block of keys comes next for which block of queries; the state lives from step to step.
 """
 
 from collections.abc import Sequence
@@ -15,12 +13,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paxattn.kernels import online_softmax
+from paxattn.kernels import online_softmax, tiles
 from paxattn.kernels.problem import LOG2E, Problem
 from paxattn.kernels.tpu_flash_fwd_plan import Config, Kind, Steps, Tile, steps, steps_of_segments
-from paxattn.kernels.tpu_tiles import NN, NT, VMEM_BYTES, dot, pipeline, seen
-
-NEVER = float(jnp.finfo(jnp.float32).min)  # a maximum that nothing stays below; finite, so that differences are
+from paxattn.kernels.tpu_tiles import NT, VMEM_BYTES, dot, seen
+from paxattn.kernels.tpu_turned import States, Visit
 
 
 class Refs(NamedTuple):
@@ -35,10 +32,8 @@ class Refs(NamedTuple):
     # outputs
     out: Any  # [q,Dv]
     lse: Any  # [1,q]
-    # scratch: the state of the softmax, which lives from visit to visit, in base 2
-    m: Any  # [1,q]
-    l: Any  # [1,q]
-    acc: Any  # [Dv,q]
+    # scratch
+    states: States  # a column for every `tile_q` queries
 
 
 def forward(problem: Problem, config: Config, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
@@ -58,7 +53,7 @@ def forward(problem: Problem, config: Config, q, k, v, sinks, q_seg, kv_seg) -> 
     batch, heads, q_len, _ = q.shape
     shape = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     out, lse = pl.pallas_call(
-        partial(_kernel, problem, kinds),
+        partial(_kernel, problem, config, kinds),
         name="flash_attention_fwd",
         grid_spec=_grid(problem, config, (heads, count), sinks is not None, q_seg is not None),
         out_shape=(
@@ -94,15 +89,11 @@ def _grid(problem: Problem, config: Config, grid, has_sinks: bool, has_segments:
             *(segments if has_segments else (None, None)),
         ),
         out_specs=(q_rows(problem.v_dim), spec((None, 1, block_q), lambda h, q, _: (h, 0, q))),
-        scratch_shapes=(
-            pltpu.VMEM((1, block_q), jnp.float32),
-            pltpu.VMEM((1, block_q), jnp.float32),
-            pltpu.VMEM((problem.v_dim, block_q), jnp.float32),
-        ),
+        scratch_shapes=(States.scratch(tiles.cdiv(block_q, config.tile_q), config.tile_q, problem.v_dim),),
     )
 
 
-def _kernel(problem: Problem, kinds: Sequence[Kind], *refs) -> None:
+def _kernel(problem: Problem, config: Config, kinds: Sequence[Kind], *refs) -> None:
     """One step: take the keys of a block into the states of a block of queries."""
     plan, refs = Steps(*refs[: len(Steps._fields)]), Refs(*refs[len(Steps._fields) :])
     step = pl.program_id(1)
@@ -110,62 +101,39 @@ def _kernel(problem: Problem, kinds: Sequence[Kind], *refs) -> None:
 
     @pl.when(plan.first[step] == 1)
     def _init():
-        refs.m[...] = jnp.full_like(refs.m, NEVER)
-        refs.l[...] = jnp.zeros_like(refs.l)
-        refs.acc[...] = jnp.zeros_like(refs.acc)
+        refs.states.init()
 
     for number, kind in enumerate(kinds):
         if kind:
-            pl.when(plan.kind[step] == number)(partial(_visit, problem, kind, refs, False))
+            pl.when(plan.kind[step] == number)(partial(_visit, problem, config, kind, refs, False))
             if refs.q_seg is not None:
-                pl.when(plan.kind[step] == number + len(kinds))(partial(_visit, problem, kind, refs, True))
+                pl.when(plan.kind[step] == number + len(kinds))(partial(_visit, problem, config, kind, refs, True))
 
     @pl.when(plan.first[step + 1] == 1)
     def _done():
-        _finish(refs, None if refs.sinks is None else refs.sinks[plan.batch[step], head] * LOG2E)
+        _finish(config, refs, None if refs.sinks is None else refs.sinks[plan.batch[step], head] * LOG2E)
 
 
-def _visit(problem: Problem, kind: Kind, refs: Refs, by_segment: bool) -> None:
+def _visit(problem: Problem, config: Config, kind: Kind, refs: Refs, by_segment: bool) -> None:
     """Take a block of keys into the states, tile by tile."""
-    columns = {tile.q: tile.queries_at for tile in kind}
-    m = {q: refs.m[:, at] for q, at in columns.items()}
-    l = {q: refs.l[:, at] for q, at in columns.items()}
 
-    def scores(tile: Tile, _) -> Array:
-        q, k = refs.q[columns[tile.q]], refs.k[tile.keys_at]
-        s = dot(k, q, NT)
+    def scores(tile: Tile) -> Array:
+        s = dot(refs.k[tile.keys_at], refs.q[tile.queries_at], NT)
         if problem.softcap is not None:
             s = jnp.tanh(s) * (problem.softcap * LOG2E)
         visible = seen(problem, tile, 0, (refs.q_seg, refs.kv_seg) if by_segment else None)
         return s if visible is None else jnp.where(visible, s, -jnp.inf)
 
-    def softmax(tile: Tile, s: Array) -> tuple[Array, Array]:
-        old = m[tile.q]
-        m[tile.q] = jnp.maximum(old, s.max(axis=0, keepdims=True))
-        p, fade = jnp.exp2(s - m[tile.q]), jnp.exp2(old - m[tile.q])
-        l[tile.q] = l[tile.q] * fade + p.sum(axis=0, keepdims=True)
-        return p, fade  # the matrix unit rounds p as it takes it in, which costs no instruction
-
-    def accumulate(tile: Tile, weights: tuple[Array, Array]) -> None:
-        p, fade = weights
-        v = refs.v[:, tile.keys_at]
-        at = columns[tile.q]
-        refs.acc[:, at] = refs.acc[:, at] * fade + dot(v, p, NN)
-
-    pipeline(kind, (scores, softmax, accumulate))
-    for q, at in columns.items():
-        refs.m[:, at] = m[q]
-        refs.l[:, at] = l[q]
+    column = lambda tile: (tile.q // config.tile_q, tile.q_end - tile.q)
+    values = lambda tile: refs.v[:, tile.keys_at]
+    # Where there is a mask, another body of code would save less than it costs to compile.
+    whole = not by_segment and all(tile.ahead is None and tile.keys is None for tile in kind)
+    Visit(refs.states, kind, column, scores, values, refs.v.dtype).take(bold=whole)
 
 
-def _finish(refs: Refs, sink: Array | None) -> None:
-    """Write what the states have come to; 0 and -inf for queries that saw nothing."""
-    m, l = refs.m[...], refs.l[...]
-    seen, fade = l > 0, jnp.ones_like(l)
-    if sink is not None:
-        top = jnp.maximum(m, sink)
-        fade = jnp.exp2(m - top)
-        m, l = top, l * fade + jnp.exp2(sink - top)
-    weight = jnp.where(seen, fade / jnp.where(seen, l, 1.0), 0.0)
-    refs.out[...] = (refs.acc[...] * weight).T.astype(refs.out.dtype)
-    refs.lse[...] = jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf)
+def _finish(config: Config, refs: Refs, sink: Array | None) -> None:
+    for c, q in enumerate(range(0, config.block_q, config.tile_q)):
+        at = slice(q, min(q + config.tile_q, config.block_q))
+        out, lse = refs.states.finish(c, at.stop - q, sink)
+        refs.out[at] = out.T.astype(refs.out.dtype)
+        refs.lse[:, at] = lse

@@ -18,6 +18,7 @@ MOST_JOINT_ROWS = 256
 MOST_ROWS = 1024
 TILE_ELEMENTS = 2**20
 BLOCK = 512  # tokens of keys that many queries take in at once
+BLOCK_BYTES = 2**22  # of such a block's keys, which is six times in VMEM
 FEW_BLOCK = 1024  # and few
 FEW_ELEMENTS = 2**21  # of such a block's keys, which is four times in VMEM
 
@@ -46,6 +47,11 @@ class Problem:
     def few(self) -> int:
         """Up to how many queries a row is of few."""
         return self.longest if self.longest * self.heads <= MOST_JOINT_ROWS else 1
+
+    def in_sight(self, key: Array, query: Array) -> Array:
+        """Whether a query sees a key, by their places in the row."""
+        seen = key <= query
+        return seen if self.left is None else seen & (key >= query - self.left)
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,11 @@ def few_config(problem: Problem) -> Config:
     return Config(problem.few, _pages(problem, max(LANES, min(FEW_BLOCK, most))), joint=True)
 
 
-def many_config(problem: Problem) -> Config:
+def many_config(problem: Problem, itemsize: int) -> Config:
+    block = min(BLOCK, BLOCK_BYTES // (problem.kv_heads * problem.head_dim * itemsize))
     most = min(MOST_ROWS // problem.group, TILE_ELEMENTS // (problem.heads * problem.head_dim))
     tile = max(LANES, 1 << most.bit_length() - 1)
-    return Config(min(tile, tiles.cdiv(problem.tokens, LANES) * LANES), _pages(problem, BLOCK), joint=False)
+    return Config(min(tile, tiles.cdiv(problem.tokens, LANES) * LANES), _pages(problem, block), joint=False)
 
 
 def _pages(problem: Problem, block: int) -> int:

@@ -53,7 +53,7 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     del shared_prefix_len  # a hint
     num_tokens, heads, head_dim = q.shape
-    kv_heads = pages.k.shape[2]
+    kv_heads = pages.num_kv_heads
     sizes = Sizes.of(num_tokens, kv_lens.shape[0], max_q_len)
     work = _cut(kv_lens, cu_q_lens, num_tokens, sizes.tile, max_q_len)
     pages, page_table = _split_large_pages(pages, page_table, sizes.block)
@@ -108,7 +108,7 @@ def _stream(q_tiles, pages, table, position, block, left, scale, softcap):
         s = jnp.where(mask[:, None, None], s, -jnp.inf)
         return online_softmax.update(state, s, v)
 
-    state = online_softmax.init(q_tiles, pages.v)
+    state = online_softmax.vary_like(online_softmax.init(q_tiles, q_tiles), pages.v)  # D is Dv here
     if table.shape[1] <= pages_per_block:
         return visit(0, state)
     return lax.fori_loop(0, jnp.max(stop - start, initial=0), visit, state)
@@ -164,7 +164,7 @@ def _gather(pages, table, first_page, count, seen, dtype):
     valid = ((position >= begin[:, None]) & (position < reach[:, None]))[:, None, :, None]
 
     def take(x, scale):
-        x = x[page].reshape(*position.shape, *x.shape[2:])
+        x = x[page].reshape(*position.shape, pages.num_kv_heads, pages.head_dim)
         if scale is not None:
             scale = scale[page].reshape(*x.shape[:-1], -1)
             x = x.astype(jnp.float32) * jnp.repeat(scale.astype(jnp.float32), x.shape[-1] // scale.shape[-1], axis=-1)

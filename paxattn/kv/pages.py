@@ -1,6 +1,6 @@
 """KVPages: the pages of one layer, plain or compressed. Their layout is known here and in the kernels alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from paxattn.kernels import xla_pages
 COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
 KEY_GROUP = 16
 TRIED_SCALES = 8
+LANES = 128  # of a TPU's registers
 
 
 @jax.tree_util.register_dataclass
@@ -27,15 +28,18 @@ class KVPages:
     `rotate`). Attention is more sensitive to keys than to values (KIVI, Liu et al. 2024), so keys have more groups.
 
     Fields:
-      k, v: [N,P,K,D], bfloat16, float16, float32, int8 or float8_e4m3fn
+      k, v: [N,P,K,D], bfloat16, float16, float32, int8 or float8_e4m3fn; where h = heads_a_row is not 1, [N,P,K/h,h*D]
       k_scale, v_scale: float16 [N,P,K,C] where k and v are compressed (what is below about 1e-5 is lost), else None;
         C is D / 16 for keys (1 where that is not whole) and 1 for values
+      heads_a_row: static, how many heads lie side by side, as `init_pages` makes them on a TPU: arrays of rows shorter
+        than a register XLA keeps there in an order in which a page lies nowhere together
     """
 
     k: Array
     v: Array
     k_scale: Array | None = None
     v_scale: Array | None = None
+    heads_a_row: int = field(default=1, kw_only=True, metadata=dict(static=True))
 
     @property
     def num_pages(self) -> int:
@@ -47,11 +51,16 @@ class KVPages:
 
     @property
     def num_kv_heads(self) -> int:
-        return self.k.shape[2]
+        return self.k.shape[2] * self.heads_a_row
 
     @property
     def head_dim(self) -> int:
-        return self.k.shape[3]
+        return self.k.shape[3] // self.heads_a_row
+
+    def apart(self) -> "KVPages":
+        """The same with each head in a row of its own."""
+        shape = (self.num_pages, self.page_size, self.num_kv_heads, self.head_dim)
+        return replace(self, k=self.k.reshape(shape), v=self.v.reshape(shape), heads_a_row=1)
 
 
 def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.bfloat16) -> KVPages:
@@ -67,12 +76,21 @@ def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
     known = (*checks.FLOATS, *COMPRESSED)
     checks.require(dtype.name in known, "dtype", dtype, f"one of {', '.join(known)}")
     shape = tuple(sizes.values())
-    pages = KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
     if dtype.name not in COMPRESSED:
-        return pages
+        together = _heads_a_row(num_kv_heads, head_dim)
+        shape = (*shape[:2], num_kv_heads // together, together * head_dim)
+        return KVPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_a_row=together)
+    pages = KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
     key_groups = 1 if head_dim % KEY_GROUP else head_dim // KEY_GROUP
     k_scale, v_scale = (jnp.zeros((*shape[:3], groups), jnp.float16) for groups in (key_groups, 1))
     return replace(pages, k_scale=k_scale, v_scale=v_scale)
+
+
+def _heads_a_row(num_kv_heads: int, head_dim: int) -> int:
+    """As many as fill a register of a TPU, where they do."""
+    together = LANES // head_dim
+    fills = together > 0 and together * head_dim == LANES and num_kv_heads % together == 0
+    return together if fills and dispatch.platform() == "tpu" else 1
 
 
 def write_pages(
@@ -95,7 +113,7 @@ def write_pages(
       ValueError: an argument does not fit; the message names it.
       NotImplementedError: the implementation asked for cannot serve the call; the message names the feature.
     """
-    num_pages, page_size, *head = pages.k.shape
+    num_pages, page_size, head = pages.num_pages, pages.page_size, (pages.num_kv_heads, pages.head_dim)
     checks.check_rank("k", k, "T K D")
     checks.check_shape("k", k, (k.shape[0], *head), "T K D")
     checks.check_shape("v", v, k.shape, "T K D")
@@ -109,7 +127,8 @@ def write_pages(
 def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
     """[T,K,D] as the pages hold them."""
     if pages.k_scale is None or pages.v_scale is None:
-        return KVPages(k.astype(pages.k.dtype), v.astype(pages.v.dtype))
+        in_rows = lambda x, into: x.astype(into.dtype).reshape(-1, *into.shape[2:])
+        return replace(pages, k=in_rows(k, pages.k), v=in_rows(v, pages.v))
     k, k_scale = _compress(rotate(k.astype(jnp.float32)), pages.k.dtype, pages.k_scale.shape[-1])
     v, v_scale = _compress(rotate(v.astype(jnp.float32)), pages.v.dtype, pages.v_scale.shape[-1])
     return KVPages(k, v, k_scale, v_scale)

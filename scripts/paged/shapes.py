@@ -1,7 +1,8 @@
 """Decode steps: which rows there are, how long they are, and how much of keys and values they read."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -82,9 +83,12 @@ def inputs(shape: Shape) -> Inputs:
 
 
 def pages(shape: Shape, keys: Any, kv: tuple[int, int, int, int]) -> KVPages:
+    make = partial(init_pages, *kv, DTYPES[shape.dtype])
     if shape.dtype in PLAIN:
-        return KVPages(*(jax.random.normal(key, kv, DTYPES[shape.dtype]) for key in keys))
-    empty = init_pages(*kv, DTYPES[shape.dtype])
+        as_here = jax.eval_shape(make)
+        k, v = (jax.random.normal(key, as_here.k.shape, as_here.k.dtype) for key in keys)
+        return replace(as_here, k=k, v=v)
+    empty = make()
     write = jax.jit(write_pages, donate_argnums=0)
     tokens, some = kv[0] * kv[1], 1 << 16
     for start in range(0, tokens, some):
