@@ -1,17 +1,19 @@
 """The TPU kernels of paged_attention and write_pages: their numbers in interpret mode, and that they compile."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PAGED, PagedCase, error, paged_inputs
+from paged_cases import compressed
 from test_paged_attention import LOW, run
 from tpu import GENERATIONS, compile_for, interpreted
 
 from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
-from paxattn.kernels import tpu_paged, tpu_paged_write
+from paxattn.kernels import tpu_paged, tpu_paged_codes, tpu_paged_write
 
 TPU = "mosaic_tpu"
 
@@ -162,13 +164,85 @@ def test_pages_of_a_tpu_have_heads_side_by_side(kv_heads, dim, heads_a_row, rng,
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
     pages = make(jnp.float32)
     assert (pages.heads_a_row, pages.num_kv_heads, pages.head_dim) == (heads_a_row, kv_heads, dim)
-    assert make(jnp.int8).heads_a_row == 1
+    assert make(jnp.int8).heads_a_row == heads_a_row
     k, v = (jnp.asarray(rng.normal(size=(9, kv_heads, dim)), jnp.float32) for _ in range(2))
     slots = jnp.asarray(rng.permutation(40)[:9], jnp.int32)
     written = jax.jit(write_pages)(pages, k, v, slots)
     assert written.heads_a_row == heads_a_row
     want = write_pages(plain, k, v, slots)
     jax.tree.map(np.testing.assert_array_equal, written.apart(), want)
+
+
+def turned(pages):
+    """Compressed pages with their scales as on a TPU."""
+    rows = pages.page_size * pages.k.shape[2]
+    columns = lambda x: x.reshape(pages.num_pages, rows, x.shape[-1]).swapaxes(1, 2)
+    return replace(pages, k_scale=columns(pages.k_scale), v_scale=columns(pages.v_scale), scales_turned=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, "int8") for case in PAGED), *((case, "float8_e4m3fn") for case in STREAMED)],
+    ids=str,
+)
+def test_codes_in_float32_equal_the_oracle(case, dtype, rng):
+    inputs = paged_inputs(case, rng, jnp.float32)
+    pages = compressed(inputs["pages"], dtype)
+    out, lse = interpret(case, inputs | dict(pages=turned(pages)))
+    want_out, want_lse = run(case, inputs | dict(pages=pages), "reference")
+    np.testing.assert_allclose(out, want_out, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(lse, want_lse, rtol=2e-5, atol=2e-5)
+
+
+def pages_of_a_tpu(monkeypatch, *sizes):
+    with monkeypatch.context() as here:
+        here.setattr(dispatch, "platform", lambda: "tpu")
+        return init_pages(*sizes)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("heads", "page_size"), [((16, 8, 128), 16), ((8, 8, 64), 32), ((3, 1, 128), 128)])
+def test_codes_of_a_tpu_in_bfloat16_are_as_near_as_the_xla_implementation(heads, page_size, dtype, rng, monkeypatch):
+    case = PagedCase("", (70, 1, 40), (300, 130, 64), heads, page_size)
+    inputs = paged_inputs(case, rng, jnp.bfloat16)
+    plain = inputs["pages"]
+    empty = pages_of_a_tpu(monkeypatch, plain.num_pages, page_size, *heads[1:], dtype)
+    tokens = (jnp.nan_to_num(x).reshape(-1, *heads[1:]) for x in (plain.k, plain.v))
+    inputs |= dict(pages=write_pages(empty, *tokens, jnp.arange(plain.num_pages * page_size)))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    want, _ = run(case, exact, "reference")
+    got, _ = interpret(case, inputs)
+    plainly, _ = run(case, inputs, "xla")
+    assert error(got, want) <= 2 * error(plainly, want) + 1e-6
+
+
+def test_any_scale_is_what_float16_says():
+    scales = jnp.arange(0x7C01, dtype=jnp.uint16).view(jnp.float16)  # none to infinity
+    bits = scales.view(jnp.int16)
+    np.testing.assert_array_equal(tpu_paged_codes._float32(bits), scales.astype(jnp.float32))
+    assert jnp.isnan(tpu_paged_codes._float32(jnp.array([jnp.nan], jnp.float16).view(jnp.int16))).all()
+
+
+@pytest.mark.parametrize(("heads", "page_size"), [((8, 128), 16), ((1, 128), 128), ((8, 64), 32)])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_codes_of_a_tpu_are_written_and_found_again(heads, page_size, tokens, rng, monkeypatch):
+    pages = pages_of_a_tpu(monkeypatch, 6, page_size, *heads, "int8")
+    assert pages.scales_turned
+    want = pages.apart()
+    for _ in range(2):
+        slots = np.where(rng.random(tokens) < 0.2, -1, rng.permutation(6 * page_size)[:tokens])
+        slots = jnp.asarray(slots, jnp.int32)
+        k, v = (jnp.asarray(rng.normal(size=(tokens, *heads)), jnp.float32) for _ in range(2))
+        pages, want = (jax.jit(write_pages)(x, k, v, slots) for x in (pages, want))
+    jax.tree.map(np.testing.assert_array_equal, pages.apart(), want)
+
+
+@pytest.mark.parametrize(("heads", "page_size"), [((12, 128), 32), ((4, 256), 64), ((8, 128), 8), ((4, 80), 64)])
+def test_codes_that_lie_nowhere_together_are_declined(heads, page_size, monkeypatch):
+    pages = pages_of_a_tpu(monkeypatch, 6, page_size, *heads, "int8")
+    ints = jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.arange(2)
+    with pytest.raises(NotImplementedError, match="compressed pages"):
+        paged_attention(jnp.zeros((1, *heads)), pages, *ints, implementation=TPU)
 
 
 LLAMA_8B, LLAMA_70B, QWEN, GEMMA = (32, 8, 128), (64, 8, 128), (14, 2, 64), (8, 4, 256)
@@ -208,12 +282,45 @@ def test_compiles(generation, call):
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("heads", [QWEN, (8, 1, 128), (32, 8, 64)], ids=str)
 def test_a_step_over_narrow_or_single_heads_works_in_place(generation, heads):
-    q, pages, *rest = arrays(64, 64, 128, heads, 16)
-    new, slots = jax.ShapeDtypeStruct((64, *heads[1:]), q.dtype), jax.ShapeDtypeStruct((64,), jnp.int32)
+    check_step(generation, *arrays(64, 64, 128, heads, 16))
+
+
+CODES = [
+    (LLAMA_8B, 16, "int8", 1),
+    *(
+        pytest.param(*call, marks=pytest.mark.slow)
+        for call in [
+            *((LLAMA_8B, page_size, "int8", 1) for page_size in (64, 128)),
+            *((LLAMA_8B, page_size, "int8", None) for page_size in (16, 64, 128)),
+            (LLAMA_8B, 16, "float8_e4m3fn", 1),
+            (LLAMA_70B, 16, "int8", 1),
+            (LLAMA_70B, 16, "float8_e4m3fn", None),
+            (QWEN, 128, "int8", 1),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(("heads", "page_size", "dtype", "longest"), CODES)
+def test_a_step_over_codes_works_in_place(generation, heads, page_size, dtype, longest, monkeypatch):
+    tokens, rows, length = (64, 64, 2048) if longest else (512, 9, 8192)
+    q, _, *rest = arrays(tokens, rows, length // page_size, heads, page_size)
+    pages = jax.eval_shape(lambda: pages_of_a_tpu(monkeypatch, 2**16 // page_size, page_size, *heads[1:], dtype))
+    compiled = check_step(generation, q, pages, *rest, longest=longest)
+    copied = rf"= (?:s8|f8e4m3fn|f16|s16)\[{pages.num_pages},[\d,]*\]\S* (?:copy|transpose)\(.*"
+    assert not re.findall(copied, compiled.as_text())
+
+
+def check_step(generation, q, pages, *rest, longest=1):
+    heads = pages.num_kv_heads, pages.head_dim
+    new, slots = jax.ShapeDtypeStruct((len(q), *heads), q.dtype), jax.ShapeDtypeStruct((len(q),), jnp.int32)
 
     def step(pages, q, k, v, slots, *rest):
         pages = write_pages(pages, k, v, slots, implementation="xla")
-        return paged_attention(q, pages, *rest, max_q_len=1, implementation=TPU), pages
+        return paged_attention(q, pages, *rest, max_q_len=longest, implementation=TPU), pages
 
     compiled = compile_for(generation, jax.jit(step, donate_argnums=0), pages, q, new, new, slots, *rest)
-    assert compiled.memory_analysis().temp_size_in_bytes < pages.k.size * pages.k.dtype.itemsize // 4
+    if longest == 1:
+        assert compiled.memory_analysis().temp_size_in_bytes < pages.k.size * pages.k.dtype.itemsize // 4
+    return compiled

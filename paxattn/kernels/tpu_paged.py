@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -33,18 +33,17 @@ def paged_attention(
     left = None if left is None else min(left, width * page_size)  # all there is
     longest = min(max_q_len or tokens, tokens)
     problem = Problem(tokens, heads, kv_heads, row, page_size, rows, width, longest, left, scale, softcap)
-    arrays = q, pages.k, pages.v, page_table, kv_lens, cu_q_lens, sinks
-    q, k, v, page_table, kv_lens, cu_q_lens, sinks = online_softmax.vary_like(arrays, *jax.tree.leaves(arrays))
+    arrays = q, pages, page_table, kv_lens, cu_q_lens, sinks
+    q, pages, page_table, kv_lens, cu_q_lens, sinks = online_softmax.vary_like(arrays, *jax.tree.leaves(arrays))
     if page_table.size > MOST_RESIDENT:
         page_table = jnp.pad(page_table, ((0, 0), (0, -width % LANES))).reshape(rows, -1, LANES)
     q = _in_row(_scaled(q, scale, softcap), pages.heads_a_row, kv_heads)
-    k, v = _as_they_lie(k), _as_they_lie(v)
+    kv, scales = _as_they_lie(pages)
     parts = []
-    for config in [few_config(problem)] + [many_config(problem, k.dtype.itemsize)] * (longest > problem.few):
+    for config in [few_config(problem)] + [many_config(problem, q.dtype.itemsize)] * (longest > problem.few):
         work = cut(problem, config, kv_lens, cu_q_lens)
-        parts.append(
-            (config, work, _attend(problem, config, work, gather(problem, config, work, q), k, v, page_table, sinks))
-        )
+        tiles_of_q = gather(problem, config, work, q)
+        parts.append((config, work, _attend(problem, config, work, tiles_of_q, kv, scales, page_table, sinks)))
     out, lse = scatter(problem, parts, cu_q_lens)
     out = _of_row(out, pages.heads_a_row, kv_heads)
     exists = jnp.arange(tokens) < cu_q_lens[-1]
@@ -54,9 +53,10 @@ def paged_attention(
 def _decline(q: Array, pages: Any, page_table: Array) -> None:
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_tpu' serves bfloat16 and float32")
-    if pages.k_scale is not None:
-        raise NotImplementedError(f"compressed pages ({pages.k.dtype}): 'mosaic_tpu' serves none, 'xla' does")
-    if pages.k.dtype != q.dtype:
+    if pages.k_scale is not None and not pages.scales_turned:
+        shape = f"{pages.page_size} tokens, {pages.num_kv_heads} heads of {pages.head_dim}"
+        raise NotImplementedError(f"compressed pages of {shape}, scales not turned: 'mosaic_tpu' serves turned ones")
+    if pages.k_scale is None and pages.k.dtype != q.dtype:
         raise NotImplementedError(f"pages of {pages.k.dtype} for {q.dtype}: 'mosaic_tpu' serves pages of q's dtype")
     if page_table.shape[1] > MOST_ENTRIES:
         raise NotImplementedError(f"{page_table.shape[1]} pages a row: 'mosaic_tpu' serves up to {MOST_ENTRIES}")
@@ -82,21 +82,26 @@ def _of_row(out: Array, heads_a_row: int, rows: int) -> Array:
     return jnp.stack([split[:, :, i, :, i] for i in range(heads_a_row)], axis=2).reshape(tokens, heads, -1)
 
 
-def _as_they_lie(pages: Array) -> Array:
-    """[N,P,K,D], or [N,P,D] of a single head: in XLA's order of such bfloat16 arrays tokens stand where heads do else.
+def _as_they_lie(pages: Any) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
+    """k and v [N,P,K,D], or [N,P,D] of a single head: in XLA's order of such bfloat16 arrays tokens stand where heads
+    do else; and their scales, in bits, as libtpu takes no float16.
 
     Given to the kernel as [N,P,1,D], all pages would be copied into another order. Of shorter pages, which are no whole
-    registers, they are.
+    registers, they are. Codes lie as in [N,P*K,D], rows that fill registers.
     """
-    _, page_size, kv_heads, _ = pages.shape
-    turned = kv_heads == 1 and pages.dtype == jnp.bfloat16 and page_size % REGISTER == 0
-    return pages[:, :, 0] if turned else pages
+    num_pages, page_size, kv_heads, row = pages.k.shape
+    if pages.k_scale is not None:
+        bits = partial(lax.bitcast_convert_type, new_dtype=jnp.int16)
+        in_rows = lambda x: x.reshape(num_pages, page_size * kv_heads, row)
+        return (in_rows(pages.k), in_rows(pages.v)), (bits(pages.k_scale), bits(pages.v_scale))
+    turned = kv_heads == 1 and pages.k.dtype == jnp.bfloat16 and page_size % REGISTER == 0
+    return (pages.k[:, :, 0], pages.v[:, :, 0]) if turned else (pages.k, pages.v), None
 
 
-def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tuple[Array, Array]:
+def _attend(problem: Problem, config: Config, work, q, kv, scales, table, sinks) -> tuple[Array, Array]:
     """Tiles q [W,A,Q,D] -> out [W,A,Q,D], lse float32 [W,A,Q,1]; arbitrary for tiles that are not there."""
     count, sets, queries, _ = q.shape
-    block, heads = config.block(problem), problem.kv_heads
+    heads = problem.kv_heads
     standing = lambda x: x if config.joint else x.swapaxes(-1, -2)
     labels = jax.tree.map(lambda x: x.astype(jnp.int32), tpu_paged_tile.way(config).labels(problem, config))
     if sinks is not None:
@@ -125,12 +130,13 @@ def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tu
                 None if sinks is None else whole,
                 hbm,
                 hbm,
+                jax.tree.map(lambda _: hbm, scales),
                 None if resident else hbm,
             ),
             out_specs=(spec(q.shape[1:]), spec(state)),
             scratch_shapes=(
-                pltpu.VMEM((2, 2, block, *k.shape[2:]), k.dtype),
-                tpu_paged_tile.way(config).scratch(problem, config, k.dtype),
+                *_blocks(problem, config, kv[0], scales, q.dtype),
+                tpu_paged_tile.way(config).scratch(problem, config, q.dtype),
                 None if resident else pltpu.SMEM((2, *table.shape[1:]), jnp.int32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -141,8 +147,22 @@ def _attend(problem: Problem, config: Config, work, q, k, v, table, sinks) -> tu
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
-    )(*plan, q, labels, sinks, k, v, None if resident else table)
+    )(*plan, q, labels, sinks, *kv, scales, None if resident else table)
     return out, standing(lse)
+
+
+def _blocks(problem: Problem, config: Config, pages: Array, scales, dtype) -> tuple[Any, Any, Any]:
+    """Room for blocks of pages and of their scales as they come, and for one that is expanded."""
+    block = config.block(problem)
+    if scales is None:
+        return pltpu.VMEM((2, 2, block, *pages.shape[2:]), dtype), None, None
+    row = problem.head_dim
+    heads = () if problem.kv_heads == 1 else (problem.kv_heads,)
+    return (
+        pltpu.VMEM((2, 2, block * problem.kv_heads, row), pages.dtype),
+        tuple(pltpu.VMEM((2, config.pages, *x.shape[1:]), x.dtype) for x in scales),
+        pltpu.VMEM((2, block, *heads, row), dtype),
+    )
 
 
 def _kernel(problem: Problem, config: Config, *refs) -> None:

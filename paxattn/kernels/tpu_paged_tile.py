@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paxattn.kernels import tiles, tpu_paged_few, tpu_paged_many
+from paxattn.kernels import tiles, tpu_paged_codes, tpu_paged_few, tpu_paged_many
 from paxattn.kernels.tpu_paged_plan import LANES, Config, Problem
 
 COPIES_AT_ONCE = 8
@@ -31,14 +31,17 @@ class Refs(NamedTuple):
     q: Any  # [A,Q,D]
     labels: Any  # of the way to compute
     sinks: Any  # [A,Q,1] or None; without a joint config all [Q,1] here are [1,Q]
-    k: Any  # [N,P,K,D] or, of one head, [N,P,D]; in HBM, as v and table
+    k: Any  # [N,P,K,D] or, of one head, [N,P,D]; [N,P*K,D] where compressed; in HBM, as v, scales and table
     v: Any  # [N,P,K,D]
+    scales: Any  # of k and v [N,C,P*K], float16 as bits, where compressed
     table: Any  # [R,C,128], where it is not resident
     # outputs
     out: Any  # [A,Q,D]
     lse: Any  # [A,Q,1]
     # scratch
-    kv: Any  # [2,2,S,K,D] or [2,2,S,D]: two blocks of keys and values
+    kv: Any  # [2,2,S,K,D] or [2,2,S,D]: two blocks of keys and values; where compressed [2,2,S*K,D]
+    kv_scales: Any  # of k and v [2,M,C,P*K], where compressed
+    expanded: Any  # [2,S,K,D] or [2,S,D]: keys and values of a block that was compressed
     state: Any  # of the way to compute
     entries: Any  # [2,C,128] lines of the table, in SMEM, where it is not resident
     turn: Any  # [1] blocks computed, in SMEM
@@ -107,9 +110,19 @@ class Kernel(NamedTuple):
         slot = self._slot()
         ask_for_next()
         self._wait_for_pages(i, block, slot)
-        self._clear_values(i, block, slot)
-        self._compute(i, block, slot)
+        kv = self._numbers(i, block, slot)
+        self._clear_values(i, block, kv.at[1])
+        self._compute(i, block, kv)
         self.refs.turn[0] += 1
+
+    def _numbers(self, i, block, slot) -> Any:
+        """The keys and values of a block."""
+        refs = self.refs
+        if refs.scales is None:
+            return refs.kv.at[slot]
+        count, scales = self._pages(i, block)[1], [x.at[slot] for x in refs.kv_scales]
+        tpu_paged_codes.expand(self.problem, count, refs.kv.at[slot], scales, refs.expanded)
+        return refs.expanded
 
     def _slot(self):
         return lax.rem(self.refs.turn[0], 2)
@@ -136,7 +149,7 @@ class Kernel(NamedTuple):
 
     def _copy_pages(self, i, block, slot=None) -> None:
         """Start the copies of a block, into the place that is not being computed."""
-        refs, size = self.refs, self.problem.page_size
+        refs, size = self.refs, self.refs.k.shape[1]
         first, count = self._pages(i, block)
         slot = 1 - self._slot() if slot is None else slot
 
@@ -145,6 +158,8 @@ class Kernel(NamedTuple):
             for source, kind in ((refs.k, 0), (refs.v, 1)):
                 place = refs.kv.at[slot, kind, pl.ds(pl.multiple_of(j * size, size), size)]
                 pltpu.make_async_copy(source.at[page], place, refs.arrived.at[slot]).start()
+            for source, into in zip(refs.scales or (), refs.kv_scales or (), strict=True):
+                pltpu.make_async_copy(source.at[page], into.at[slot, j], refs.arrived.at[slot]).start()
 
         several = lax.div(count, COPIES_AT_ONCE)
 
@@ -164,11 +179,12 @@ class Kernel(NamedTuple):
 
     def _wait_for_pages(self, i, block, slot) -> None:
         refs = self.refs
-        count, size = self._pages(i, block)[1], self.problem.page_size
+        count, size = self._pages(i, block)[1], refs.k.shape[1]
 
         def wait(pages):
-            some = refs.kv.at[slot, :, pl.ds(0, pages * size)]  # as much of keys as of values
-            pltpu.make_async_copy(some, some, refs.arrived.at[slot]).wait()
+            codes = refs.kv.at[slot, :, pl.ds(0, pages * size)]  # as much of keys as of values
+            for some in (codes, *(x.at[slot, pl.ds(0, pages)] for x in refs.kv_scales or ())):
+                pltpu.make_async_copy(some, some, refs.arrived.at[slot]).wait()
 
         pl.when(count == self.config.pages)(lambda: wait(self.config.pages))
         pl.when(count < self.config.pages)(lambda: pl.loop(0, count)(lambda _: wait(1)))
@@ -180,9 +196,8 @@ class Kernel(NamedTuple):
         room = self.config.block(self.problem)
         return jnp.clip(span.begin - start, 0, room), jnp.clip(span.end - start, 0, room)
 
-    def _clear_values(self, i, block, slot) -> None:
+    def _clear_values(self, i, block, values) -> None:
         """Zero the values that no query of the tile sees."""
-        values = self.refs.kv.at[slot, 1]
         begin, end = self._seen(i, block)
 
         def clear(group):
@@ -195,11 +210,11 @@ class Kernel(NamedTuple):
         pl.loop(0, tiles.cdiv(begin, CLEARED_AT_ONCE))(clear)
         pl.loop(lax.div(end, CLEARED_AT_ONCE), values.shape[0] // CLEARED_AT_ONCE)(clear)
 
-    def _compute(self, i, block, slot) -> None:
+    def _compute(self, i, block, kv) -> None:
         refs = self.refs
         position = refs.position[i] - self._pages(i, block)[0] * self.problem.page_size
         whole = self._sees_all(i, block)
-        self._way().take(self.problem, self.config, refs, refs.kv.at[slot], position, whole)
+        self._way().take(self.problem, self.config, refs, kv, position, whole)
 
     def _way(self) -> Any:
         return way(self.config)

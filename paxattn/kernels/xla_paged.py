@@ -141,7 +141,7 @@ def _split_large_pages(pages: Any, page_table: Array, block: int) -> tuple[Any, 
     parts = tiles.cdiv(page_size, block)
     while page_size % parts:
         parts += 1
-    if parts == 1:
+    if parts == 1 or pages.scales_turned:  # which are in no order to be cut in
         return pages, page_table
     table = page_table[:, :, None] * parts + jnp.arange(parts)[None, None, :]
     split = (num_pages * parts, page_size // parts)
@@ -163,14 +163,16 @@ def _gather(pages, table, first_page, count, seen, dtype):
     position = (index[:, :, None] * page_size + jnp.arange(page_size)[None, None, :]).reshape(len(table), -1)
     valid = ((position >= begin[:, None]) & (position < reach[:, None]))[:, None, :, None]
 
+    here = jax.tree.map(lambda x: x[page.reshape(-1)], pages).apart()
+
     def take(x, scale):
-        x = x[page].reshape(*position.shape, pages.num_kv_heads, pages.head_dim)
+        x = x.reshape(*position.shape, *x.shape[2:])
         if scale is not None:
-            scale = scale[page].reshape(*x.shape[:-1], -1)
+            scale = scale.reshape(*x.shape[:-1], -1)
             x = x.astype(jnp.float32) * jnp.repeat(scale.astype(jnp.float32), x.shape[-1] // scale.shape[-1], axis=-1)
         return jnp.where(valid, x.astype(dtype).transpose(0, 2, 1, 3), 0)
 
-    return take(pages.k, pages.k_scale), take(pages.v, pages.v_scale), position
+    return take(here.k, here.k_scale), take(here.v, here.v_scale), position
 
 
 def _unpack(out: Array, lse: Array, work: Tiles, cu_q_lens: Array, num_tokens: int) -> tuple[Array, Array]:

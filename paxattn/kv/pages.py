@@ -1,6 +1,7 @@
 """KVPages: the pages of one layer, plain or compressed. Their layout is known here and in the kernels alone."""
 
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -30,9 +31,12 @@ class KVPages:
     Fields:
       k, v: [N,P,K,D], bfloat16, float16, float32, int8 or float8_e4m3fn; where h = heads_a_row is not 1, [N,P,K/h,h*D]
       k_scale, v_scale: float16 [N,P,K,C] where k and v are compressed (what is below about 1e-5 is lost), else None;
-        C is D / 16 for keys (1 where that is not whole) and 1 for values
+        C is D / 16 for keys (1 where that is not whole) and 1 for values; [N,P,K/h,h*C] beside [N,P,K/h,h*D], and
+        [N,h*C,P*K/h] where scales_turned
       heads_a_row: static, how many heads lie side by side, as `init_pages` makes them on a TPU: arrays of rows shorter
         than a register XLA keeps there in an order in which a page lies nowhere together
+      scales_turned: static, whether scales stand so, as `init_pages` makes them on a TPU for the same reason. XLA turns
+        arrays of single rows, too, so that values have two groups where h is 1.
     """
 
     k: Array
@@ -40,6 +44,7 @@ class KVPages:
     k_scale: Array | None = None
     v_scale: Array | None = None
     heads_a_row: int = field(default=1, kw_only=True, metadata=dict(static=True))
+    scales_turned: bool = field(default=False, kw_only=True, metadata=dict(static=True))
 
     @property
     def num_pages(self) -> int:
@@ -58,9 +63,11 @@ class KVPages:
         return self.k.shape[3] // self.heads_a_row
 
     def apart(self) -> "KVPages":
-        """The same with each head in a row of its own."""
-        shape = (self.num_pages, self.page_size, self.num_kv_heads, self.head_dim)
-        return replace(self, k=self.k.reshape(shape), v=self.v.reshape(shape), heads_a_row=1)
+        """The same with each head in a row of its own, and its scales in another."""
+        rows = (self.num_pages, self.page_size, self.num_kv_heads)
+        turned = lambda x: x.swapaxes(1, 2) if x.ndim == 3 else x
+        apart = jax.tree.map(lambda x: turned(x).reshape(*rows, x.size // prod(rows)), self)
+        return replace(apart, heads_a_row=1, scales_turned=False)
 
 
 def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.bfloat16) -> KVPages:
@@ -75,15 +82,23 @@ def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
     dtype = jnp.dtype(dtype)
     known = (*checks.FLOATS, *COMPRESSED)
     checks.require(dtype.name in known, "dtype", dtype, f"one of {', '.join(known)}")
-    shape = tuple(sizes.values())
+    together = _heads_a_row(num_kv_heads, head_dim)
+    shape = (num_pages, page_size, num_kv_heads // together, together * head_dim)
+    pages = KVPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_a_row=together)
     if dtype.name not in COMPRESSED:
-        together = _heads_a_row(num_kv_heads, head_dim)
-        shape = (*shape[:2], num_kv_heads // together, together * head_dim)
-        return KVPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_a_row=together)
-    pages = KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+        return pages
+    turned = _scales_turned(*shape[1:])
     key_groups = 1 if head_dim % KEY_GROUP else head_dim // KEY_GROUP
-    k_scale, v_scale = (jnp.zeros((*shape[:3], groups), jnp.float16) for groups in (key_groups, 1))
-    return replace(pages, k_scale=k_scale, v_scale=v_scale)
+    groups = together * key_groups, max(2, together) if turned else together
+    by_group = lambda count: (num_pages, count, page_size * shape[2]) if turned else (*shape[:3], count)
+    k_scale, v_scale = (jnp.zeros(by_group(count), jnp.float16) for count in groups)
+    return replace(pages, k_scale=k_scale, v_scale=v_scale, scales_turned=turned)
+
+
+def _scales_turned(page_size: int, rows: int, width: int) -> bool:
+    """Where a page's codes and scales both lie together on a TPU: rows fill registers, and scales their lanes."""
+    whole = width == LANES and (rows in (1, 4) or rows % 8 == 0) and page_size * rows % LANES == 0
+    return whole and dispatch.platform() == "tpu"
 
 
 def _heads_a_row(num_kv_heads: int, head_dim: int) -> int:
@@ -126,12 +141,14 @@ def write_pages(
 
 def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
     """[T,K,D] as the pages hold them."""
-    if pages.k_scale is None or pages.v_scale is None:
-        in_rows = lambda x, into: x.astype(into.dtype).reshape(-1, *into.shape[2:])
-        return replace(pages, k=in_rows(k, pages.k), v=in_rows(v, pages.v))
-    k, k_scale = _compress(rotate(k.astype(jnp.float32)), pages.k.dtype, pages.k_scale.shape[-1])
-    v, v_scale = _compress(rotate(v.astype(jnp.float32)), pages.v.dtype, pages.v_scale.shape[-1])
-    return KVPages(k, v, k_scale, v_scale)
+    new = KVPages(k.astype(pages.k.dtype), v.astype(pages.v.dtype))
+    if pages.k_scale is not None and pages.v_scale is not None:
+        groups = lambda scale: scale.size * pages.head_dim // pages.k.size
+        k, k_scale = _compress(rotate(k.astype(jnp.float32)), pages.k.dtype, groups(pages.k_scale))
+        v, v_scale = _compress(rotate(v.astype(jnp.float32)), pages.v.dtype, groups(pages.v_scale))
+        new = KVPages(k, v, k_scale, v_scale)
+    new = jax.tree.map(lambda x: x.reshape(len(x), pages.k.shape[2], pages.heads_a_row * x.shape[-1]), new)
+    return replace(new, heads_a_row=pages.heads_a_row, scales_turned=pages.scales_turned)
 
 
 def rotate(x: Array) -> Array:
