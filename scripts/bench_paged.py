@@ -1,15 +1,16 @@
-"""GB/s of keys and values that a decode step of paged_attention reads, beside cuDNN, FlashAttention-3 and XLA.
+"""GB/s of keys and values that a call of paged_attention reads, beside cuDNN, FlashAttention-3, Triton and XLA.
 
 python scripts/bench_paged.py --json bench.json                                  # the 8 anchors
-python scripts/bench_paged.py --suite rows groups dims pages skew compressed
+python scripts/bench_paged.py --suite rows groups dims pages skew compressed prefill
 python scripts/bench_paged.py --shapes "131072+63x512 H32/8 D128 page16" "64x1..8192 H32/8 D128 page64 int8"
 python scripts/bench_paged.py --quick                                            # tiny; runs on a CPU, too
 
-A shape is a sum of row lengths (64x2048: so many rows; 1..8192: drawn between these), query/key heads, the head dim,
-the page size and, if not bf16, the dtype of the pages. Pages lie in random order. Every kernel is checked against
-implementation="xla" in the same run; a wrong one is reported and not timed. The kernels of a shape then take turns, and
-the figure is the median of all that a call runs on the GPU as CUPTI tells it (wall time where there is no GPU). "read"
-is the rate at which XLA sums up 2 GiB in the same run.
+A shape is a sum of row lengths (64x2048: so many rows; 1..8192: drawn between these; 512@2048: with 512 queries, the
+last of them, instead of one), query/key heads, the head dim, the page size and, if not bf16, the dtype of the pages. Of
+calls with rows of several queries TFLOP/s are told, not GB/s. Pages lie in random order. Every kernel is checked
+against implementation="xla" in the same run; a wrong one is reported and not timed. The kernels of a shape then take
+turns, and the figure is the median of all that a call runs on the GPU as CUPTI tells it (wall time where there is no
+GPU). "read" is the rate at which XLA sums up 2 GiB in the same run.
 
 The peers, where they are not what pip installs by itself: flash_attn3_jax.
 """
@@ -19,9 +20,10 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +35,8 @@ from scripts.attention.console import say
 from scripts.attention.measuring import relative_errors, time_in_turns
 from scripts.attention.programs import compile_all
 from scripts.attention.telling import command, machine
-from scripts.paged.peers import OURS, PEERS, Make, paged
-from scripts.paged.shapes import SUITES, Inputs, Shape, inputs
+from scripts.paged.peers import OURS, PEERS, PREPARED, Make, paged
+from scripts.paged.shapes import SUITES, Shape, inputs
 
 WRONG = 0.02  # relative error that no rounding explains
 READ_BYTES = 2**31
@@ -47,6 +49,7 @@ class Figure:
     kernel_ms: float | None = None
     wall_ms: float | None = None
     gbs: float | None = None
+    tflops: float | None = None
     error: float | None = None
     note: str = ""
 
@@ -57,7 +60,9 @@ class Result:
     figures: dict[str, Figure]
 
     def rate(self, name: str) -> float | None:
-        return self.figures[name].gbs if name in self.figures else None
+        """GB/s, or TFLOP/s where rows have several queries."""
+        one = self.figures.get(name, Figure())
+        return one.gbs if self.shape.decodes else one.tflops
 
     @property
     def over_best_peer(self) -> float | None:
@@ -95,25 +100,30 @@ def completed(options: argparse.Namespace) -> argparse.Namespace:
 
 def measure(shape: Shape, makes: dict[str, Make], options: argparse.Namespace) -> Result:
     x = inputs(shape)
-    jobs: dict[str, Callable[[], Compiled]] = {
-        name: lambda make=make: jax.jit(make(shape)).lower(x).compile()  # type: ignore[misc]
-        for name, make in makes.items()
-    }
-    programs = compile_all(jobs, 4)
+    given: dict[str, Any] = {}
+
+    def compiled(name: str, make: Make) -> Compiled:
+        step = make(shape)
+        given[name] = PREPARED[name](shape, x) if name in PREPARED else x
+        return jax.jit(step).lower(given[name]).compile()
+
+    programs = compile_all({name: partial(compiled, name, make) for name, make in makes.items()}, 4)
     expected = paged("xla")(shape)(x)
-    checked = {name: check(one, x, expected) for name, one in programs.items()}
+    checked = {name: check(one, given.get(name), expected) for name, one in programs.items()}
     right = {name: one for name, one in programs.items() if isinstance(one, Compiled) and not checked[name].note}
-    times = time_in_turns(right, (x,), options.rounds, options.iterations)
+    times = time_in_turns(right, {name: (given[name],) for name in right}, options.rounds, options.iterations)
     for name, one in times.items():
-        gbs = shape.bytes_read / (one.kernel_ms or one.wall_ms) / 1e6
-        checked[name] = Figure(one.kernel_ms, one.wall_ms, gbs, checked[name].error)
+        ms = one.kernel_ms or one.wall_ms
+        checked[name] = Figure(
+            one.kernel_ms, one.wall_ms, shape.bytes_read / ms / 1e6, shape.flops / ms / 1e9, checked[name].error
+        )
     return Result(shape, checked)
 
 
-def check(program: Compiled | str, x: Inputs, expected: jax.Array) -> Figure:
+def check(program: Compiled | str, given: Any, expected: jax.Array) -> Figure:
     if isinstance(program, str):
         return Figure(note=f"declines: {program}")
-    error = float(relative_errors((program(x),), (expected,))[0])
+    error = float(relative_errors((program(given),), (expected,))[0])
     return Figure(error=error, note="" if error <= WRONG else f"wrong: {error:.1e}")
 
 
@@ -121,26 +131,26 @@ def read_rate(options: argparse.Namespace) -> float:
     """GB/s."""
     x = jnp.ones(READ_BYTES // 2 if jax.default_backend() == "gpu" else 2**20, jnp.bfloat16)
     total = jax.jit(lambda x: x.astype(jnp.float32).sum()).lower(x).compile()
-    times = time_in_turns({"read": total}, (x,), options.rounds, options.iterations)["read"]
+    times = time_in_turns({"read": total}, {"read": (x,)}, options.rounds, options.iterations)["read"]
     return x.nbytes / (times.kernel_ms or times.wall_ms) / 1e6
 
 
 def say_result(result: Result) -> None:
     told = [str(result.shape)]
     for name, one in result.figures.items():
-        if one.gbs:
-            told.append(f"{name} {one.gbs:.0f} ({one.kernel_ms or one.wall_ms:.4g} ms, err {one.error:.0e})")
+        if rate := result.rate(name):
+            told.append(f"{name} {rate:.4g} ({one.kernel_ms or one.wall_ms:.4g} ms, err {one.error:.0e})")
         elif name == OURS or not one.note.startswith("declines"):
             told.append(f"{name} {one.note}")
     say(" | ".join(told))
 
 
 def table(results: list[Result], names: list[str], read: float) -> Table:
-    told = Table("GB/s", *names, "ours / best peer", "ours / read")
+    told = Table("GB/s (TFLOP/s of chunks)", *names, "ours / best peer", "ours / read")
     for one in results:
-        rates = (f"{rate:.0f}" if (rate := one.rate(name)) else "-" for name in names)
+        rates = (f"{rate:.4g}" if (rate := one.rate(name)) else "-" for name in names)
         mine = one.rate(OURS)
-        shares = one.over_best_peer, mine and mine / read
+        shares = one.over_best_peer, mine / read if mine and one.shape.decodes else None
         told.add_row(str(one.shape), *rates, *(f"{x:.3f}" if x else "-" for x in shares))
     return told
 
@@ -152,7 +162,7 @@ def write_json(path: Path, results: list[Result], read: float) -> None:
             bytes_read=one.shape.bytes_read,
             kernels={name: asdict(figure) for name, figure in one.figures.items()},
             over_best_peer=one.over_best_peer,
-            over_read=(one.rate(OURS) or 0) / read,
+            over_read=(one.figures[OURS].gbs or 0) / read,
         )
         for one in results
     ]

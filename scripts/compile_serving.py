@@ -67,7 +67,7 @@ def compiled(options: argparse.Namespace) -> tuple[Any, int]:
     from scripts.bench_serving import SHAPES
 
     gpu_flash.on_hopper = gpu_paged.on_hopper = lambda: True
-    dispatch._platform = lambda: "gpu"
+    dispatch.platform = lambda: "gpu"
     config = SHAPES[options.preset]
     config = replace(config, num_layers=options.layers or config.num_layers)
     engine = EngineConfig(

@@ -124,9 +124,10 @@ def fastest(
     args = shapes.inputs(row.shape)
     right = checked(row, args, built)
     # All of them once, then the best few with care.
-    once = measuring.time_in_turns(right, args, 1, 2)
+    once = measuring.time_in_turns(right, dict.fromkeys(right, args), 1, 2)
     few = heapq.nsmallest(options.finalists, right, key=lambda config: milliseconds(once[config]))
-    times = measuring.time_in_turns({config: right[config] for config in few}, args, options.rounds, options.iterations)
+    chosen = {config: right[config] for config in few}
+    times = measuring.time_in_turns(chosen, dict.fromkeys(chosen, args), options.rounds, options.iterations)
     if not times:
         say(f"{problem}: no candidate works")
         return None

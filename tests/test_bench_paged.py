@@ -3,15 +3,16 @@
 import json
 
 import pytest
+from cases import error
 from test_scripts import run
 
 from scripts import bench_paged as bench
-from scripts.paged.peers import OURS, paged
+from scripts.paged.peers import OURS, heads_first, paged, triton
 from scripts.paged.shapes import SUITES, Shape, inputs
 
 
 def test_end_to_end_on_a_cpu(tmp_path):
-    given = ["2x40+3x1..90 H4/2 D16 page8", "50 H2/1 D32 page16 int8"]
+    given = ["2x40+3x1..90 H4/2 D16 page8", "50 H2/1 D32 page16 int8", "30@70 H4/2 D16 page8"]
     out, png = tmp_path / "bench.json", tmp_path / "bench.png"
     options = ["--shapes", *given, "--rounds", 1, "--iterations", 2, "--implementation", "reference"]
     done = run(*options, "--json", out, "--plot", png, script="bench_paged.py")
@@ -23,6 +24,8 @@ def test_end_to_end_on_a_cpu(tmp_path):
         for one in row["kernels"].values():
             if one["gbs"]:
                 assert one["gbs"] == pytest.approx(row["bytes_read"] / (one["kernel_ms"] or one["wall_ms"]) / 1e6)
+    right = [{name for name, one in row["kernels"].items() if one["gbs"]} for row in told["rows"]]
+    assert right == [{"ours", "XLA gather"}, {"ours", "XLA gather"}, {"ours", "XLA gather", "dense"}]
 
 
 def test_a_bad_shape_is_named():
@@ -49,3 +52,22 @@ def test_what_is_read_is_what_the_anchors_count():
     assert x.kv_lens.tolist() == shape.kv_lens
     assert shape.bytes_read == sum(shape.kv_lens) * 2 * (64 + 2 * 3)
     assert str(Shape.parse(str(shape))) == str(shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_the_triton_kernel_is_called_as_it_wants_to_be():
+    pytest.importorskip("jax.experimental.pallas.ops.gpu.paged_attention")
+    shape = Shape.parse("2x40+70 H4/2 D64 page16")
+    x = inputs(shape)
+    got = triton(16, shape, interpret=True)(heads_first(shape, x))
+    assert error(got, paged("reference")(shape)(x)) < 0.01
+
+
+def test_what_a_chunk_computes():
+    shape = Shape.parse("3@5+9@4+2x7 H4/2 D32 page8")
+    assert (shape.q_lens, shape.kv_lens) == ([3, 4, 1, 1], [5, 4, 7, 7])
+    pairs = 3 + 4 + 5 + 1 + 2 + 3 + 4 + 7 + 7
+    assert shape.flops == 4 * pairs * 4 * 32
+    x = inputs(shape)
+    assert x.cu_q_lens.tolist() == [0, 3, 7, 8, 9]
+    assert x.q.shape == (9, 4, 32)

@@ -4,7 +4,6 @@ A block's first item has the block's own number. One of its warps takes the othe
 know of them in a ring in shared memory, ahead of the warps that work on them.
 """
 
-import operator
 from functools import reduce
 from typing import Any
 
@@ -50,7 +49,7 @@ def read(smem: dict, turn, ring=0) -> list[Array]:
     await_item(smem, turn, ring)
     fields = look(smem, turn, ring)
     # Always true, as no field is less than -1. But it makes the arrival wait for the loads, which nothing else does.
-    loaded = reduce(operator.or_, fields) != jnp.iinfo(jnp.int32).min
+    loaded = reduce(lax.bitwise_or, fields) != jnp.iinfo(jnp.int32).min
     plgpu.barrier_arrive(smem["taken_free"].at[_slot(turn, ring)], predicate=loaded)
     return fields
 

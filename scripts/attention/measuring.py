@@ -77,17 +77,20 @@ class Times(NamedTuple):
 
 
 def time_in_turns[Key: Hashable](
-    programs: Mapping[Key, Compiled], args: tuple[Any, ...], rounds: int, iterations: int
+    programs: Mapping[Key, Compiled], args: Mapping[Key, tuple[Any, ...]], rounds: int, iterations: int
 ) -> dict[Key, Times]:
-    """Medians; each round starts with another one, so that none always runs on the clocks another left behind."""
+    """Medians, each program with its arguments.
+
+    Each round starts with another one, so that none always runs on the clocks another left behind.
+    """
     names = list(programs)
     on_gpu: dict[Key, list[float]] = {name: [] for name in names}
     wall: dict[Key, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         at = turn % max(len(names), 1)
         for name in names[at:] + names[:at]:
-            on_gpu[name] += cupti_ms(programs[name], args, iterations)
-            wall[name].append(wall_ms(programs[name], args, iterations))
+            on_gpu[name] += cupti_ms(programs[name], args[name], iterations)
+            wall[name].append(wall_ms(programs[name], args[name], iterations))
     return {
         name: Times(statistics.median(on_gpu[name]) if on_gpu[name] else None, statistics.median(wall[name]))
         for name in names
@@ -131,7 +134,7 @@ def measure(
     }
     del expected
     right = {kernel: one for kernel, one in programs.items() if isinstance(one, Compiled) and not checked[kernel][1]}
-    times = time_in_turns(right, args, options.rounds, options.iterations)
+    times = time_in_turns(right, dict.fromkeys(right, args), options.rounds, options.iterations)
     return Result(row, name, {kernel: figure(row, *checked[kernel], times.get(kernel)) for kernel in programs})
 
 

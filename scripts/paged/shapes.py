@@ -1,8 +1,8 @@
-"""Decode steps: which rows there are, how long they are, and how much of keys and values they read."""
+"""Calls: which rows there are, how long they are, how much of keys and values they read, and what they compute."""
 
 import re
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ DTYPES = {"bf16": "bfloat16", "f16": "float16", "int8": "int8", "fp8": "float8_e
 
 
 class Inputs(NamedTuple):
-    q: Array  # [R,H,D], one query a row
+    q: Array  # [T,H,D]
     pages: KVPages
     page_table: Array
     kv_lens: Array
@@ -26,7 +26,8 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """`rows` is a sum of lengths, "64x2048" for so many rows, "64x1..8192" for lengths drawn between these two."""
+    """`rows` is a sum of lengths, "64x2048" for so many rows, "64x1..8192" for lengths drawn between these two, and
+    "512@2048" for a row of 512 queries, the last of 2048 tokens; others have one query."""
 
     rows: str
     heads: int
@@ -42,21 +43,42 @@ class Shape:
     @classmethod
     def parse(cls, text: str) -> "Shape":
         """As `str` gives it."""
-        count = r"(?:\d+x)?\d+(?:\.\.\d+)?"
+        count = r"(?:\d+x)?(?:\d+@)?\d+(?:\.\.\d+)?"
         match = re.fullmatch(rf"({count}(?:\+{count})*) H(\d+)/(\d+) D(\d+) page(\d+)(?: (\w+))?", text)
         if match is None or (match[6] or "bf16") not in DTYPES:
             raise ValueError(f'--shapes: got {text!r}, must be like "64x2048 H32/8 D128 page16" or "... int8"')
         heads, kv_heads, head_dim, page_size = map(int, match.groups()[1:5])
         return cls(match[1], heads, kv_heads, head_dim, page_size, match[6] or "bf16")
 
-    @property
-    def kv_lens(self) -> list[int]:
+    @cached_property
+    def lens(self) -> list[tuple[int, int]]:
+        """Of each row, its queries and its tokens."""
         rng, lens = np.random.default_rng(0), []
         for part in self.rows.split("+"):
-            count, _, length = part.rpartition("x")
+            count, _, row = part.rpartition("x")
+            queries, _, length = row.rpartition("@")
             low, _, high = length.partition("..")
-            lens += rng.integers(int(low), int(high or low) + 1, int(count or 1)).tolist()
+            drawn = rng.integers(int(low), int(high or low) + 1, int(count or 1)).tolist()
+            lens += [(min(int(queries or 1), n), n) for n in drawn]
         return lens
+
+    @property
+    def q_lens(self) -> list[int]:
+        return [queries for queries, _ in self.lens]
+
+    @property
+    def kv_lens(self) -> list[int]:
+        return [tokens for _, tokens in self.lens]
+
+    @property
+    def decodes(self) -> bool:
+        return max(self.q_lens) == 1
+
+    @property
+    def flops(self) -> int:
+        """Of both products, where a query sees all tokens up to its own."""
+        pairs = sum(q * n - q * (q - 1) // 2 for q, n in self.lens)
+        return 4 * pairs * self.heads * self.head_dim
 
     @property
     def bytes_read(self) -> int:
@@ -77,9 +99,9 @@ def inputs(shape: Shape) -> Inputs:
     kv = (sum(counts), size, shape.kv_heads, shape.head_dim)
     of_q, *of_kv = jax.random.split(jax.random.key(0), 3)
     q_dtype = DTYPES[shape.dtype] if shape.dtype in PLAIN else "bfloat16"
-    q = jax.random.normal(of_q, (len(lens), shape.heads, shape.head_dim), q_dtype)
-    steps = jnp.arange(len(lens) + 1, dtype=jnp.int32)
-    return Inputs(q, pages(shape, of_kv, kv), jnp.asarray(table), jnp.asarray(lens, jnp.int32), steps)
+    q = jax.random.normal(of_q, (sum(shape.q_lens), shape.heads, shape.head_dim), q_dtype)
+    ends = jnp.asarray(np.cumsum([0, *shape.q_lens]), jnp.int32)
+    return Inputs(q, pages(shape, of_kv, kv), jnp.asarray(table), jnp.asarray(lens, jnp.int32), ends)
 
 
 def pages(shape: Shape, keys: Any, kv: tuple[int, int, int, int]) -> KVPages:
@@ -115,5 +137,9 @@ SUITES = {
     "pages": [f"64x2048 H32/8 D128 page{size}" for size in (8, 32, 256)],
     "skew": ["131072+63x512 H32/8 D128 page16"],
     "compressed": [f"64x8192 H32/8 D128 page16{dtype}" for dtype in ("", " int8", " fp8")],
+    "prefill": [
+        *(f"2048@10240 H32/8 D128 page{size}" for size in (16, 64)),
+        "2048@10240+32x2048 H32/8 D128 page16",
+    ],
     "smoke": ["3x40+7x1..90 H4/2 D64 page16"],
 }

@@ -32,7 +32,7 @@ def measured(dtype: Any) -> Rates:
     }
     seconds = {}
     for name, (run, args) in runs.items():
-        times = time_in_turns({name: run}, args, 3, 5)[name]
+        times = time_in_turns({name: run}, {name: args}, 3, 5)[name]
         seconds[name] = (times.kernel_ms or times.wall_ms) / 1e3
     return Rates(x.nbytes / seconds["read"], 2 * n**3 / seconds["compute"])
 
