@@ -286,3 +286,24 @@ def test_a_cancelled_request_leaves_no_trace():
     assert len(driver.device.free) == 20
     driver.finish()
     assert not driver.scheduler.busy
+
+
+def test_pages_that_others_run_on_are_not_free_when_a_row_gives_way():
+    scheduler = Scheduler(
+        num_pages=6, page_size=P, max_seqs=2, max_len=40, index=PrefixIndex(P), patience=10, reserve=0
+    )
+    older, younger = (Request(list(range(17)), 8) for _ in range(2))
+    scheduler.add(older)
+    scheduler.plan(0, 1)
+    scheduler.report(1)
+    scheduler.offer(older, older.prompt[:16], [0, 1, 2, 3])
+    older.stored = 17
+    scheduler.add(younger)
+    assert scheduler.plan(0, 1).admitted == [(younger, (0, 1, 2, 3))]
+    scheduler.report(0)
+    for one in (older, younger):
+        one.output, one.stored = [1] * 4, 20
+    [(gone, _)] = scheduler.plan(0, 1).preempted
+    assert gone is younger
+    assert scheduler.num_free == 1
+    assert scheduler.running == {older.row: older}

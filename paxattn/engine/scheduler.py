@@ -33,6 +33,7 @@ class Request:
       key: the order in which requests are served; the largest gives way first.
       row: of the page table; None = not running.
       stored: tokens in the row's pages, as last told.
+      forked: pages that it got from the row that it was forked from.
       swapped: its pages in host memory, where it gave way so.
       ended: why it ended; None = it has not.
     """
@@ -47,6 +48,7 @@ class Request:
     key: tuple[int, int] = (0, 0)
     row: int | None = None
     stored: int = 0
+    forked: int = 0
     lease: Lease | None = None
     swapped: Any = None
     ended: str | None = None
@@ -223,7 +225,7 @@ class Scheduler:
         self._rows.append(row)
         if request.lease is not None and self.index is not None:
             self.index.release(request.lease)
-        request.row, request.lease, request.stored = None, None, 0
+        request.row, request.lease, request.stored, request.forked = None, None, 0, 0
         return row
 
     def _enter(self, request: Request) -> None:
@@ -244,7 +246,8 @@ class Scheduler:
             for twin in twins[:count]:
                 self._enter(twin)
                 # The last page is its own where it is not full.
-                twin.stored = request.stored // self.page_size * self.page_size
+                twin.forked = request.stored // self.page_size
+                twin.stored = twin.forked * self.page_size
                 if self.index is not None:
                     twin.lease = self.index.match(twin.prompt, twin.salt)
             self._wait(twins[count:])
@@ -257,19 +260,23 @@ class Scheduler:
         evicted = 0
         while len(self.running) > 1 and self._room(1) + self.cached < 0:
             youngest = max(self.running.values())
-            pages = self._pages(youngest.stored)
-            covered = self.cached
+            pages = self._pages(youngest.stored) - self._shared(youngest)
             self._wait(youngest.twins)
             youngest.twins = []
             row = self._leave(youngest)
             plan.preempted.append((youngest, row))
             heapq.heappush(self.waiting, youngest)
             self.num_preempted += 1
-            # What the index keeps of it is no free page yet.
-            self.num_free += pages - (self.cached - covered)
+            self.num_free += max(0, pages)
         if plan.preempted:
             evicted = self._evict(plan, -self._room(1))
         return evicted
+
+    def _shared(self, request: Request) -> int:
+        """Pages of a row that are not free when it leaves: the index keeps them, where others may run on them, too, or
+        those have them that it was forked from. To count one as free would let the same request in again and again."""
+        covered = 0 if request.lease is None or self.index is None else self.index.covered(request.lease)
+        return max(covered, request.forked)
 
     def _admit(self, plan: Plan, ahead: int) -> int:
         room, evicted = self._room(ahead), 0

@@ -135,6 +135,14 @@ class PrefixIndex:
         self._cover(lease, chain[len(held) : last])
         return [node.page for node in taken]
 
+    def covered(self, lease: Lease) -> int:
+        """How many pages of the index a lease covers.
+
+        Raises:
+          ValueError: the lease has been released, or is another index's.
+        """
+        return len(self._check_lease(lease))
+
     def release(self, lease: Lease) -> None:
         """End a lease. Pages that no other lease covers may be evicted from now on, later than all others.
 
