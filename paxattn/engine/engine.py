@@ -103,7 +103,7 @@ class Engine:
         return self._scheduler.busy or bool(self._flights) or bool(self._unclaimed)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile everything that any request may need; nothing is compiled afterwards.
+        """Compile everything that any request may need, and run it once; nothing is compiled afterwards.
 
         Args:
           progress: called with how many programs are ready, of how many.

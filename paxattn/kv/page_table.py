@@ -96,6 +96,10 @@ class PageTable:
         Rows are served in order, each wholly or not at all: ok[r] is False, and row r unchanged, where too few
         pages are left or the row would outgrow M pages. Later rows that fit are still served, up to some number of
         refusals (see `_grant`).
+
+        Args:
+          lens: i32 [R], tokens.
+          each: pages that a row needs at most, where that is known: less to do; a row that needs more is refused.
         """
         checks.check_ints("lens", lens, self.lens.shape, "R")
         want = jnp.maximum(lens.astype(jnp.int32), self.lens)
