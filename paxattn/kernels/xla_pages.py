@@ -12,7 +12,7 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
 
     Of turned scales [N,C,P*K] the tokens are [T,K,C].
     """
-    num_pages, page_size = pages.k.shape[:2]
+    num_pages, page_size = jax.tree.leaves(pages)[0].shape[:2]
     valid = (slots >= 0) & (slots < num_pages * page_size)
     at = (slots // page_size, slots % page_size)
     return jax.tree.map(lambda into, x: (put if into.ndim == 4 else _put_turned)(into, at, valid, x), pages, new)
