@@ -1,6 +1,7 @@
 """The cases that every implementation of an op is tried on, and plain attention to measure its error by."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -211,6 +212,29 @@ def plain_attention_and_lse(q, k, v, seen, *, sinks=None, scale=None, softcap=No
     p = jnp.where(some, jax.nn.softmax(s, axis=-1), 0.0)[..., : k.shape[1]]
     lse = jnp.where(some[..., 0], jax.nn.logsumexp(s, axis=-1), -jnp.inf)
     return jnp.einsum("bhts,bshd->bthd", p, v), lse
+
+
+def dense(inputs: dict[str, Any], row: int, kv_len: int, page_size: int) -> list[Any]:
+    """Keys and values [1,S,K,D] of one row, 0 where its pages were dropped."""
+    at = np.arange(kv_len)
+    page = np.asarray(inputs["page_table"])[row, at // page_size]
+    there = (page >= 0) & (page < inputs["pages"].num_pages)
+    arrays = (inputs["pages"].k, inputs["pages"].v)
+    return [jnp.where(there[:, None, None], x[np.where(there, page, 0), at % page_size], 0)[None] for x in arrays]
+
+
+def plain_row(case: PagedCase, inputs: dict[str, Any], row: int) -> Any:
+    """Plain attention of one row's queries in the dtype of the inputs: out [T,H,D]."""
+    q_len, kv_len, start = case.q_lens[row], case.kv_lens[row], sum(case.q_lens[:row])
+    position, key = np.arange(q_len)[:, None] + kv_len - q_len, np.arange(kv_len)[None]
+    window = case.options.get("window")
+    left = window[0] if isinstance(window, tuple) else None if window is None else window - 1
+    seen = (key <= position) & ((left is None) | (key >= position - (left or 0)))
+    options = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
+    k, v = dense(inputs, row, kv_len, case.page_size)
+    q = inputs["q"][None, start : start + q_len]
+    attend = jax.jit(partial(plain_attention, **options))
+    return attend(q, k, v, jnp.asarray(seen)[None], sinks=inputs["sinks"])[0]
 
 
 def error(x: Any, oracle: Any) -> float:

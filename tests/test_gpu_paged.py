@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PagedCase, error, paged_inputs, plain_attention_and_lse
+from cases import PagedCase, error, paged_inputs, plain_row
 from paged_cases import CASES, COMPRESSED, compressed, decompressed
-from test_paged_attention import dense, program, run
+from test_paged_attention import program, run
 
 from paxattn import init_pages, paged_attention, write_pages
 
@@ -35,20 +35,6 @@ def hopper():
 def oracle(case, exact):
     """On the CPU: for the GPU XLA takes minutes to compile some of them."""
     return run(case, jax.device_put(exact, jax.devices("cpu")[0]), "reference")
-
-
-def plain(case, inputs, row):
-    """Plain attention of one row in the case's dtype."""
-    q_len, kv_len, start = case.q_lens[row], case.kv_lens[row], sum(case.q_lens[:row])
-    position, key = np.arange(q_len)[:, None] + kv_len - q_len, np.arange(kv_len)[None]
-    window = case.options.get("window")
-    left = window[0] if isinstance(window, tuple) else None if window is None else window - 1
-    seen = (key <= position) & ((left is None) | (key >= position - (left or 0)))
-    options = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
-    k, v = dense(inputs, row, kv_len, case.page_size)
-    q = inputs["q"][None, start : start + q_len]
-    attend = jax.jit(partial(plain_attention_and_lse, **options))
-    return attend(q, k, v, jnp.asarray(seen)[None], sinks=inputs["sinks"])[0][0]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -82,7 +68,7 @@ def check(case, inputs, plain_inputs=None):
     tokens = [np.arange(sum(case.q_lens[:row]), sum(case.q_lens[: row + 1])) for row in rows]
     if rows:
         chosen = np.concatenate(tokens)
-        of_plain = error(jnp.concatenate([plain(case, plain_inputs or inputs, row) for row in rows]), want[chosen])
+        of_plain = error(jnp.concatenate([plain_row(case, plain_inputs or inputs, row) for row in rows]), want[chosen])
         floor = float(jnp.finfo(case.dtype).eps) / 8 * float(np.sqrt(np.mean(want[chosen] ** 2))) + 1e-6
         assert error(np.asarray(got)[chosen], want[chosen]) <= 2 * of_plain + floor
         assert error(got, want) <= 4 * of_plain + floor

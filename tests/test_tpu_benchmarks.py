@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import pytest
-from tpu import compile_for
+from tpu import compile_for, slow_but
 
 from paxattn import dispatch
 from scripts.attention import shapes as attention
@@ -22,11 +22,7 @@ DECODES = list(dict.fromkeys(text for suite in paged.SUITES.values() for text in
 SMOKE_DECODES = [*paged.SUITES["smoke"], paged.ANCHORS[0]]
 
 
-def fast_and_slow(all_of_them, fast):
-    return [one if one in fast else pytest.param(one, marks=pytest.mark.slow) for one in all_of_them]
-
-
-@pytest.mark.parametrize("row", fast_and_slow(ROWS, SMOKE_ROWS), ids=str)
+@pytest.mark.parametrize("row", slow_but(ROWS, SMOKE_ROWS), ids=str)
 def test_flash_attention_compiles(row):
     inputs = jax.eval_shape(partial(attention.inputs, row.shape))
     text = compile_for("v6e", program(row, ours(TPU)), *inputs).as_text()
@@ -34,7 +30,7 @@ def test_flash_attention_compiles(row):
     assert ("flash_attention_bwd" in text) == (row.mode == "fwdbwd")
 
 
-@pytest.mark.parametrize("text", fast_and_slow(DECODES, SMOKE_DECODES))
+@pytest.mark.parametrize("text", slow_but(DECODES, SMOKE_DECODES))
 def test_paged_attention_compiles(text, monkeypatch):
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")  # so that pages are as there
     shape = paged.Shape.parse(text)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tpu import GENERATIONS, chips, compile_for, compile_over
+from tpu import GENERATIONS, chips, compile_for, compile_over, slow_but
 
 import paxattn
 from models import decoder
@@ -72,7 +72,7 @@ def test_decode_compiles_for_four_chips_that_share_the_heads(generation):
     assert not re.search(r"= \w+\[4096,16,2,128\]\S* (?:copy|fusion|transpose)\(", text)
 
 
-@pytest.mark.parametrize("generation", ["v6e", *(pytest.param(x, marks=pytest.mark.slow) for x in ("v5e", "tpu7x"))])
+@pytest.mark.parametrize("generation", slow_but(GENERATIONS, ["v6e"]))
 def test_gradients_compile_for_four_chips_that_share_the_heads(generation):
     mesh = jax.sharding.Mesh(np.array(chips(generation)[:4]), ("h",))
     attend = partial(paxattn.flash_attention, causal=True, implementation=TPU)

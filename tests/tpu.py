@@ -13,6 +13,14 @@ from jax.experimental.pallas import tpu as pltpu
 GENERATIONS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
+def slow(*parameters):
+    return pytest.param(*parameters, marks=pytest.mark.slow)
+
+
+def slow_but(everything, quick):
+    return [one if one in quick else slow(one) for one in everything]
+
+
 @contextlib.contextmanager
 def interpreted():
     """Kernels that are called here run on the CPU; what is read before it is written is NaN, and races are errors."""

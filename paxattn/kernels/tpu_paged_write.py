@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paxattn.kernels import online_softmax, tiles
+from paxattn.kernels import online_softmax, tiles, tpu_paged_write_packed
 
 LANES = 128
 CHUNK = 1024  # tokens whose slots are in SMEM at a time
@@ -27,17 +27,22 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
     _decline(into, slots)
     given = *into, *tokens, slots
     into, tokens, slots = online_softmax.vary_like((into, tokens, slots), *given)
+    if into[0].shape[2] == 1 and into[0].dtype == jnp.bfloat16:
+        only = lambda arrays, axis: [x.squeeze(axis) for x in arrays]
+        written = tpu_paged_write_packed.write(only(into, 2), only(tokens, 1), slots)
+        return jax.tree.unflatten(structure, [x[:, :, None] for x in written])
     return jax.tree.unflatten(structure, _write(into, tokens, slots))
 
 
 def _decline(pages: Sequence[Array], slots: Array) -> None:
-    _, _, kv_heads, dim = pages[0].shape
+    _, page_size, kv_heads, dim = pages[0].shape
     if pages[0].dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"pages of {pages[0].dtype}: 'mosaic_tpu' writes bfloat16 and float32, 'xla' any")
-    if kv_heads == 1 or dim % LANES:
-        # XLA keeps such pages in another order than a kernel is given, and would copy all of them for it.
-        shape = f"{kv_heads} heads of {dim}"
-        raise NotImplementedError(f"pages of {shape}: 'mosaic_tpu' writes two or more, of whole {LANES} lanes")
+    # XLA keeps other pages in another order than a kernel is given, and would copy all of them for it.
+    if dim % LANES:
+        raise NotImplementedError(f"pages of {kv_heads} rows of {dim}: 'mosaic_tpu' writes rows of whole {LANES} lanes")
+    if kv_heads == 1 and pages[0].dtype == jnp.bfloat16 and page_size % tpu_paged_write_packed.REGISTER:
+        raise NotImplementedError(f"one row a token in pages of {page_size}: 'mosaic_tpu' writes pages of 16s")
     if 0 in pages[0].shape or not len(slots):
         raise NotImplementedError("an axis of nothing: 'mosaic_tpu' serves none, 'xla' does")
 

@@ -1,7 +1,7 @@
 """KVPages: the pages of one layer, plain or compressed. Their layout is known here and in the kernels alone."""
 
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import jax
@@ -102,10 +102,9 @@ def _scales_turned(page_size: int, rows: int, width: int) -> bool:
 
 
 def _heads_a_row(num_kv_heads: int, head_dim: int) -> int:
-    """As many as fill a register of a TPU, where they do."""
-    together = LANES // head_dim
-    fills = together > 0 and together * head_dim == LANES and num_kv_heads % together == 0
-    return together if fills and dispatch.platform() == "tpu" else 1
+    """On a TPU as many as fill whole registers of its lanes, where there are as many."""
+    together = LANES // gcd(head_dim, LANES)
+    return together if num_kv_heads % together == 0 and dispatch.platform() == "tpu" else 1
 
 
 def write_pages(
