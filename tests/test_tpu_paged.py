@@ -220,9 +220,15 @@ def turned(pages):
     return replace(pages, k_scale=columns(pages.k_scale), v_scale=columns(pages.v_scale), scales_turned=True)
 
 
+QUICK_CODES = "decode_many_pages", "mixed", "page_of_256", "multi_query_7", "everything"
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, "int8") for case in PAGED), *((case, "float8_e4m3fn") for case in STREAMED)],
+    [
+        *((case, "int8") if case.name in QUICK_CODES else slow(case, "int8") for case in PAGED),
+        *((case, "float8_e4m3fn") if case.name == "mixed" else slow(case, "float8_e4m3fn") for case in STREAMED),
+    ],
     ids=str,
 )
 def test_codes_in_float32_equal_the_oracle(case, dtype, rng):
