@@ -1,6 +1,7 @@
 """What XLA makes of whole programs with the TPU kernels in them: steps of a decoder, and calls of several chips."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from tpu import GENERATIONS, chips, compile_for, compile_over, slow_but
 import paxattn
 from models import decoder
 from models.config import Config
-from paxattn.engine import generate
+from paxattn.engine import generate, slots
 from paxattn.engine.sampling import Sampling
 from paxattn.kv import stores
 
@@ -40,12 +41,35 @@ def test_steps_of_a_decoder_copy_no_pages():
     prompts = (params, kv, ints(2048), ints(ROWS), None, *rules)
     state = jax.eval_shape(prefill, *prompts)[0]
     for program, args in ((prefill, prompts), (step, (params, state))):
-        compiled = compile_for("v6e", jax.jit(program, donate_argnums=1), *args)
-        shape = re.escape(str(list(kv.layers[0].k.shape)).replace(" ", ""))
-        made = set(re.findall(rf"= \w+{shape}\S* ([\w-]+)\(", compiled.as_text()))
-        assert made <= {"parameter", "get-tuple-element", "bitcast"}
-        assert "write_pages" in compiled.as_text()
-        assert "paged_attention_few" in compiled.as_text()
+        check_in_place(kv.layers[0].k, compile_for("v6e", jax.jit(program, donate_argnums=1), *args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, -1], ids=["decode", "prompts"])
+@pytest.mark.usefixtures("written_by_name")
+def test_loops_of_an_engine_copy_no_pages(which):
+    config = replace(LLAMA_8B, num_layers=1, vocab_size=1024)  # larger ones take minutes
+    engine = paxattn.EngineConfig(max_seqs=64, max_len=LENGTH, implementation=TPU, draft_tokens=4)
+
+    def state():
+        size = dict(max_seqs=engine.max_seqs, max_len=engine.max_len, dtype=jnp.bfloat16, implementation=TPU)
+        kv = paxattn.PagedKV.create(config.num_layers, config.num_kv_heads, config.head_dim, **size)
+        return slots.Slots.create(kv, engine.max_stop_ids, engine.max_logit_bias)
+
+    model, params = decoder.abstract(config, jnp.bfloat16)
+    number, state = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(state)
+    run = partial(slots.run.__wrapped__, model, shape=engine.shapes[which])
+    compiled = compile_for("v6e", jax.jit(run, donate_argnums=1), params, state, number, number)
+    check_in_place(state.kv.layers[0].k, compiled)
+    assert ("paged_attention_many" in compiled.as_text()) == (which == -1)
+
+
+def check_in_place(pages, compiled):
+    shape = re.escape(str(list(pages.shape)).replace(" ", ""))
+    made = set(re.findall(rf"= \w+{shape}\S* ([\w-]+)\(", compiled.as_text()))
+    assert made <= {"parameter", "get-tuple-element", "bitcast"}
+    assert "write_pages" in compiled.as_text()
+    assert "paged_attention_few" in compiled.as_text()
 
 
 P = PartitionSpec
