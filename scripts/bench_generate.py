@@ -7,7 +7,6 @@ same prompts, greedy; how many of the tokens agree is printed with the figures.
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from models import weights
 from models.config import Config
 from models.huggingface import NAMES
 from models.load import load
+from scripts import huggingface
 
 # prompts [B][T], new tokens -> the new ids, and seconds
 Run = Callable[[list[list[int]], int], tuple[list[list[int]], float]]
@@ -60,7 +60,7 @@ def transformers_runner(config: Config, params: Any, dtype: str) -> Run | None:
 
     It lives in a process of its own, so that the thread pools of torch and XLA do not spin against each other.
     """
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+    if not huggingface.installed():
         print("transformers is left out: it needs torch and transformers installed")
         return None
     arrays = {weights.rename(name, NAMES): x for name, x in weights.unpack(config, params).items()}
@@ -84,41 +84,12 @@ def serve_transformers(pipe: Any, config: Config, arrays: dict[str, np.ndarray],
     import torch
     import transformers
 
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.embed_dim,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.context,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tied_head,
-        )
-    )
+    model = transformers.LlamaForCausalLM(huggingface.llama_config(config))
     tensors = {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()}
     model.load_state_dict(tensors, strict=not config.tied_head)
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
     while True:
-        prompts, count = pipe.recv()
-        ids = torch.tensor(prompts, device=device)
-        with torch.inference_mode():
-            start = time.perf_counter()
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=count,
-                max_new_tokens=count,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            new = out[:, ids.shape[1] :].tolist()
-            seconds = time.perf_counter() - start
-        pipe.send((new, seconds))
+        pipe.send(huggingface.generate(model, *pipe.recv()))
 
 
 def decode_rate(run: Run, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:

@@ -38,6 +38,7 @@ import paxattn
 from models import decoder
 from models.config import Config
 from models.load import load
+from scripts import huggingface
 from scripts.attention.console import say
 from scripts.attention.telling import machine
 from scripts.serving import copying, peers, roofline
@@ -316,7 +317,7 @@ def run(works: list[Workload], options: argparse.Namespace) -> None:
     shapes = SHAPES.get(options.preset, SMOLLM2)
     others: list[dict[str, Run]] = [{} for _ in works]
     random = [work for work in works if not work.kind]
-    if random and not options.no_peers and peers.installed():
+    if random and not options.no_peers and huggingface.installed():
         # First, so that they have the memory to themselves. JAX has not looked for a device yet.
         dtype = options.dtype or ("bfloat16" if os.path.exists("/dev/nvidia0") else "float32")
         alike = [work.at_once() for work in random]

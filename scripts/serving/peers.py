@@ -1,21 +1,18 @@
 """Hugging Face transformers on the same shapes, with random weights, in a process of its own that ends before ours."""
 
-import importlib.util
 import multiprocessing
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from models.config import Config
+from scripts import huggingface
 from scripts.serving.runs import Run
 from scripts.serving.workloads import Workload
 
 STATIC, CONTINUOUS = "transformers, static cache", "transformers, continuous batching"
-
-
-def installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
 def measure(config: Config, dtype: str, works: list[Workload], vocab_size: int, seed: int) -> list[dict[str, Run]]:
@@ -40,20 +37,9 @@ def _work(pipe: Any, config: Config, dtype: str, works: list[Workload], vocab_si
     transformers.logging.set_verbosity_error()
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.embed_dim,
-        intermediate_size=config.mlp_dim,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.context,
-        tie_word_embeddings=config.tied_head,
-    )
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(about).eval()
+        model = transformers.LlamaForCausalLM(huggingface.llama_config(config)).eval()
     torch.set_default_dtype(torch.float32)
     for work in works:
         prompts = work.prompts(vocab_size, seed)
@@ -63,30 +49,14 @@ def _work(pipe: Any, config: Config, dtype: str, works: list[Workload], vocab_si
         alike = len({*work.prompt}) == len({*work.output}) == 1 and not work.arrival.any()
         # On a CPU, compiling it takes minutes and makes it no faster.
         if device == "cuda" and alike and len(work) <= 64:
-            runs[STATIC] = _static(torch, model, prompts, int(work.output[0]))
+            runs[STATIC] = _static(model, prompts, int(work.output[0]))
         pipe.send(runs)
 
 
-def _static(torch: Any, model: Any, prompts: list[list[int]], count: int) -> Run:
-    ids = torch.tensor(prompts, device=model.device)
-
-    def generate() -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=count,
-                max_new_tokens=count,
-                eos_token_id=None,
-                pad_token_id=0,
-                cache_implementation="static",
-            ).tolist()
-        return time.perf_counter() - start
-
-    generate()
-    return Run(seconds=generate(), tokens=len(prompts) * count)
+def _static(model: Any, prompts: list[list[int]], count: int) -> Run:
+    once = partial(huggingface.generate, model, prompts, count, cache_implementation="static")
+    once()
+    return Run(seconds=once()[1], tokens=len(prompts) * count)
 
 
 def _continuous(transformers: Any, model: Any, prompts: list[list[int]], counts: np.ndarray) -> Run:
