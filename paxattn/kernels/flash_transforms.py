@@ -64,6 +64,35 @@ def folding(run: Any) -> Any:
     return folded
 
 
+def differentiable(forward: Any, backward: Any) -> Any:
+    """attend(options, q, k, v, sinks, q_segment_ids, kv_segment_ids) -> (out, lse), with a derivative in reverse mode.
+
+    forward gives out [B,T,H,Dv] and lse [B,H,>=T]; backward(options, q, k, v, do, lse, delta, q_segment_ids,
+    kv_segment_ids) gives dq, dk, dv.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attend(options, q, *others):
+        out, lse = forward(options, q, *others)
+        return out, lse[:, :, : q.shape[1]]
+
+    def attend_fwd(options, *arrays):
+        out, lse = attend(options, *arrays)
+        return (out, lse), (*arrays, out, lse)
+
+    def attend_bwd(options, saved, cotangents):
+        q, k, v, sinks, q_seg, kv_seg, out, lse = saved
+        do, dlse = cotangents
+        # Without the barrier XLA may compute delta from a cotangent that it did not round yet, which no kernel sees.
+        do = lax.optimization_barrier(do)
+        sums = delta(out, do, lse, dlse)
+        dq, dk, dv = backward(options, q, k, v, do, lse, sums, q_seg, kv_seg)
+        return dq, dk, dv, dsinks(sinks, lse, sums), None, None
+
+    attend.defvjp(attend_fwd, attend_bwd)
+    return attend
+
+
 def delta(out: Array, do: Array, lse: Array, dlse: Array) -> Array:
     """What FlashAttention's backward takes off dP: out, do [B,T,H,Dv], lse, dlse [B,H,T] -> float32 [B,H,T]."""
     # XLA would fuse the sum into what reorders it, at a third of the speed.

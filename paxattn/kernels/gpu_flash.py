@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from paxattn.kernels import (
     block_sizes,
@@ -71,37 +71,6 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
-    out, lse = _forward(options, q, k, v, sinks, q_seg, kv_seg)
-    return out, lse[:, :, : q.shape[1]]
-
-
-def _attend_fwd(options, q, k, v, sinks, q_seg, kv_seg):
-    out, lse = attend(options, q, k, v, sinks, q_seg, kv_seg)
-    return (out, lse), (q, k, v, sinks, q_seg, kv_seg, out, lse)
-
-
-def _attend_bwd(options, saved, cotangents):
-    q, k, v, sinks, q_seg, kv_seg, out, lse = saved
-    do, dlse = cotangents
-    # Without the barrier XLA may compute delta from a cotangent that it did not round yet, which the kernel never sees.
-    do = lax.optimization_barrier(do)
-    delta = flash_transforms.delta(out, do, lse, dlse)
-    dq, dk, dv = _backward(options, q, k, v, do, lse, delta, q_seg, kv_seg)
-    return dq, dk, dv, flash_transforms.dsinks(sinks, lse, delta), None, None
-
-
-attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _problem(options: Options, q, v) -> Problem:
-    batch, q_len, heads, head_dim = q.shape
-    _, kv_len, kv_heads, v_dim = v.shape
-    shape = (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim)
-    return Problem(*shape, options.left, options.right, options.scale, options.softcap)
-
-
 def _config(plan: Any, problem: Problem, deterministic: bool | None) -> Any:
     """What was measured on this kind of GPU or, elsewhere, what the plan of the kernel takes for good."""
     fields = block_sizes.measured(jax.devices()[0].device_kind, problem, deterministic)
@@ -111,7 +80,7 @@ def _config(plan: Any, problem: Problem, deterministic: bool | None) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
     def run(q, k, v, sinks, q_seg, kv_seg):
-        problem = _problem(options, q, v)
+        problem = Problem.of(options, q, v)
         config = options.forward or _config(gpu_flash_fwd_plan, problem, None)
         return gpu_flash_fwd.forward(problem, config, options.multiprocessors, q, k, v, sinks, q_seg, kv_seg)
 
@@ -123,7 +92,7 @@ def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg):
 @partial(jax.jit, static_argnums=0)
 def _backward(options: Options, q, k, v, do, lse, delta, q_seg, kv_seg):
     def run(q, k, v, do, lse, delta, q_seg, kv_seg):
-        problem = _problem(options, q, v)
+        problem = Problem.of(options, q, v)
         config = options.backward or _config(gpu_flash_bwd_plan, problem, options.deterministic)
         stats = _stats(lse, delta, config.block_q)
         plan = (problem, config, options.multiprocessors, options.deterministic)
@@ -140,3 +109,6 @@ def _stats(lse: Array, delta: Array, block_q: int) -> Array:
     lse = jnp.pad(jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E), end, constant_values=jnp.inf)
     blocks = [x.reshape(*x.shape[:2], -1, block_q) for x in (lse, jnp.pad(delta, end))]
     return jnp.stack(blocks, axis=-2)
+
+
+attend = flash_transforms.differentiable(_forward, _backward)

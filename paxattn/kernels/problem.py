@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from jax import Array
 
 LOG2E = math.log2(math.e)
 TINY = 1e-30
@@ -41,6 +44,14 @@ class Problem(Scaled):
     right: int | None
     scale: float
     softcap: float | None
+
+    @classmethod
+    def of(cls, options: Any, q: Array, v: Array) -> "Problem":
+        """Of q [B,T,H,D], v [B,S,K,Dv] and options with the fields that are no shapes."""
+        batch, q_len, heads, head_dim = q.shape
+        _, kv_len, kv_heads, v_dim = v.shape
+        shape = (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim)
+        return cls(*shape, options.left, options.right, options.scale, options.softcap)
 
     @property
     def offset(self) -> int:

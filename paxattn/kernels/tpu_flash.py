@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from paxattn.kernels import (
     flash_transforms,
@@ -49,41 +49,11 @@ def _decline(q: Array, v: Array, q_segment_ids: Array | None) -> None:
         raise NotImplementedError(f"q_segment_ids of {q_segment_ids.dtype}: 'mosaic_tpu' serves 32 bits, 'xla' 64, too")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
-    return _forward(options, q, k, v, sinks, q_seg, kv_seg)
-
-
-def _attend_fwd(options, q, k, v, sinks, q_seg, kv_seg):
-    out, lse = attend(options, q, k, v, sinks, q_seg, kv_seg)
-    return (out, lse), (q, k, v, sinks, q_seg, kv_seg, out, lse)
-
-
-def _attend_bwd(options, saved, cotangents):
-    q, k, v, sinks, q_seg, kv_seg, out, lse = saved
-    do, dlse = cotangents
-    # Without the barrier XLA may compute delta from a cotangent that it did not round yet, which the kernel never sees.
-    do = lax.optimization_barrier(do)
-    delta = flash_transforms.delta(out, do, lse, dlse)
-    dq, dk, dv = _backward(options, q, k, v, do, lse, delta, q_seg, kv_seg)
-    return dq, dk, dv, flash_transforms.dsinks(sinks, lse, delta), None, None
-
-
-attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _problem(options: Options, q, v) -> Problem:
-    batch, q_len, heads, head_dim = q.shape
-    _, kv_len, kv_heads, v_dim = v.shape
-    shape = (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim)
-    return Problem(*shape, options.left, options.right, options.scale, options.softcap)
-
-
 @partial(jax.jit, static_argnums=0)
 @jax.enable_x64(False)
 def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Array]:
     def run(q, k, v, sinks, q_seg, kv_seg):
-        problem = _problem(options, q, v)
+        problem = Problem.of(options, q, v)
         config = tpu_flash_fwd_plan.fitted(tpu_flash_fwd_plan.config_for(problem, q.dtype.itemsize), problem)
         out, lse = tpu_flash_fwd.forward(
             problem,
@@ -106,7 +76,7 @@ def _forward(options: Options, q, k, v, sinks, q_seg, kv_seg) -> tuple[Array, Ar
 @jax.enable_x64(False)
 def _backward(options: Options, q, k, v, do, lse, delta, q_seg, kv_seg) -> tuple[Array, Array, Array]:
     def run(q, k, v, do, lse, delta, q_seg, kv_seg):
-        problem = _problem(options, q, v)
+        problem = Problem.of(options, q, v)
         config = tpu_flash_fwd_plan.fitted(tpu_flash_bwd_plan.config_for(q.dtype.itemsize), problem)
         heads_first = lambda x: _whole(x.transpose(0, 2, 1, 3), axis=2)
         lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)  # a probability is exp2(score - lse)
@@ -145,3 +115,6 @@ def _whole_ids(segments: Array | None, size: int) -> Array | None:
     if segments is None:
         return None
     return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, -segments.shape[1] % size)), mode="edge")
+
+
+attend = flash_transforms.differentiable(_forward, _backward)
