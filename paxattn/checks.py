@@ -39,6 +39,30 @@ def check_ints(name: str, x: Any, shape: tuple[int, ...], dims: str) -> None:
     require(x.size == 0 or jnp.issubdtype(x.dtype, jnp.integer), name, f"dtype {x.dtype}", "an integer dtype")
 
 
+def int32(x: Any) -> Array:
+    """Integers as int32; one that it does not hold as the nearest that it does, instead of another altogether."""
+    if x.dtype == jnp.int32 or x.size == 0:
+        return jnp.asarray(x, jnp.int32)
+    library: Any = np if isinstance(x, np.ndarray) else jnp
+    bounds, own = np.iinfo(np.int32), np.iinfo(x.dtype)
+    return jnp.asarray(library.clip(x, max(bounds.min, own.min), min(bounds.max, own.max)).astype(np.int32))
+
+
+def check_mask(name: str, x: Any, rows: int) -> None:
+    check_shape(name, x, (rows,), "R")
+    require(x.dtype == bool, name, f"dtype {x.dtype}", "bool")
+
+
+def check_dtype(name: str, dtype: Any, known: tuple[str, ...]) -> np.dtype:
+    """As a dtype, which must be one of `known`."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    require(found is not None and found.name in known, name, repr(dtype), f"one of {', '.join(known)}")
+    return found
+
+
 def check_positive_int(name: str, x: Any) -> None:
     require(is_int(x) and x > 0, name, repr(x), "a positive int")
 

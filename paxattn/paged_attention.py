@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from paxattn import checks, dispatch
-from paxattn.kv.pages import KVPages, rotate
+from paxattn.kv.pages import KVPages, check_pages, rotate
 
 
 def paged_attention(
@@ -54,12 +55,14 @@ def paged_attention(
       NotImplementedError: the implementation asked for cannot serve the call; the message names the feature.
     """
     _check(q, pages, page_table, kv_lens, cu_q_lens, sinks, max_q_len)
+    checks.check_bool("return_lse", return_lse)
+    q, pages = jnp.asarray(q), jax.tree.map(jnp.asarray, pages)
     if shared_prefix_len is not None:
-        if isinstance(shared_prefix_len, int):
-            shared_prefix_len = min(shared_prefix_len, jnp.iinfo(jnp.int32).max)
-        shared_prefix_len = jnp.asarray(shared_prefix_len)
+        if checks.is_int(shared_prefix_len):
+            shared_prefix_len = jnp.asarray(max(0, min(shared_prefix_len, jnp.iinfo(jnp.int32).max)), jnp.int32)
+        checks.check_rank("shared_prefix_len", shared_prefix_len, "")
         checks.check_ints("shared_prefix_len", shared_prefix_len, (), "")
-        shared_prefix_len = jnp.maximum(shared_prefix_len.astype(jnp.int32), 0)
+        shared_prefix_len = jnp.maximum(checks.int32(shared_prefix_len), 0)
     left, _ = checks.window_bounds(window, causal=True)
     compressed = pages.k_scale is not None
     out, lse = dispatch.call(
@@ -67,9 +70,9 @@ def paged_attention(
         implementation,
         rotate(q) if compressed else q,
         pages,
-        jnp.asarray(page_table, jnp.int32),
-        jnp.asarray(kv_lens, jnp.int32),
-        jnp.asarray(cu_q_lens, jnp.int32),
+        checks.int32(page_table),
+        checks.int32(kv_lens),
+        checks.int32(cu_q_lens),
         sinks,
         left=left,
         scale=checks.static_scale(scale, q.shape[-1]),
@@ -84,7 +87,7 @@ def paged_attention(
 def _check(q: Any, pages: Any, page_table: Any, kv_lens: Any, cu_q_lens: Any, sinks: Any, max_q_len: Any) -> None:
     checks.check_rank("q", q, "T H D")
     checks.check_float("q", q)
-    checks.require(isinstance(pages, KVPages), "pages", type(pages).__name__, "KVPages")
+    check_pages(pages)
     checks.check_shape("q", q, (*q.shape[:2], pages.head_dim), "T H D")
     checks.check_groups(q.shape[1], pages.num_kv_heads, "pages")
     checks.check_rank("page_table", page_table, "R M")

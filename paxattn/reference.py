@@ -24,6 +24,8 @@ def flash_attention(q, k, v, sinks, q_segment_ids, kv_segment_ids, *, left, righ
 def paged_attention(q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, **hints):
     """[T,H,D] and pages [N,P,K,D] -> [T,H,D], lse [H,T]; arguments as in paxattn.paged_attention."""
     del hints
+    if 0 in (*q.shape, *page_table.shape):
+        return jnp.zeros_like(q), jnp.full(q.shape[1::-1], -jnp.inf, jnp.float32)
     pages = pages.apart()
     page_size = pages.k.shape[1]
     k_pages, v_pages = _decompressed(pages.k, pages.k_scale), _decompressed(pages.v, pages.v_scale)

@@ -185,9 +185,18 @@ def test_bad_arguments_are_named():
     for call, name in [
         (lambda: table.reserve(jnp.zeros(2, jnp.int32)), "lens"),
         (lambda: table.reserve(jnp.zeros(3)), "lens"),
+        *((lambda each=each: table.reserve(jnp.zeros(3, jnp.int32), each), "each") for each in (0, -1, 1.5, "a")),
         (lambda: table.release(jnp.zeros(3, jnp.int32)), "mask"),
         (lambda: table.fork(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)), "src"),
         (lambda: table.fork(jnp.zeros(2, jnp.int32), jnp.zeros(1, jnp.int32)), "dst"),
     ]:
         with pytest.raises(ValueError, match=f"^{name}: got"):
             call()
+
+
+def test_a_length_that_int32_does_not_hold_is_refused():
+    table = PageTable.create(8, 2, 3, 4)
+    for lens in (np.array([1, 2**32 + 4, 3]), np.array([1, 3_000_000_000, 3], np.uint32)):
+        table, ok = table.reserve(lens)
+        assert ok.tolist() == [True, False, True]
+        assert table.lens.tolist() == [1, 0, 3]

@@ -141,6 +141,10 @@ BAD = [
     ("q", dict(q=jnp.zeros((3, 4, 8), jnp.int32))),
     ("pages", dict(q=jnp.zeros((3, 5, 8)))),
     ("pages", dict(pages=jnp.zeros((6, 4, 2, 8)))),
+    ("pages", dict(pages=KVPages(jnp.zeros((6, 4, 2, 8)), jnp.zeros((5, 4, 2, 8))))),
+    ("pages", dict(pages=KVPages(*[jnp.zeros((6, 4, 2, 8), jnp.int8)] * 2))),
+    ("return_lse", dict(return_lse="yes")),
+    ("shared_prefix_len", dict(shared_prefix_len="x")),
     ("page_table", dict(page_table=jnp.zeros(3, jnp.int32))),
     ("page_table", dict(page_table=jnp.zeros((2, 3)))),
     ("kv_lens", dict(kv_lens=jnp.ones(3, jnp.int32))),
@@ -166,6 +170,26 @@ def test_what_is_not_there_declines_by_name():
     pages, new, slots = good()["pages"], jnp.zeros((3, 2, 8)), jnp.arange(3)
     with pytest.raises(NotImplementedError, match=r"write_pages.*reference"):
         write_pages(pages, new, new, slots, implementation="reference")
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(0, 2, 3), (3, 0, 3), (3, 2, 0), (0, 0, 0)])
+def test_an_axis_of_nothing_gives_nothing(tokens, rows, width, dtype, implementation):
+    ints = lambda *shape: jnp.zeros(shape, jnp.int32)
+    args = jnp.ones((tokens, 4, 8)), init_pages(6, 4, 2, 8, dtype), ints(rows, width), ints(rows), ints(rows + 1)
+    out, lse = paged_attention(*args, return_lse=True, implementation=implementation)
+    assert (out.shape, lse.shape) == ((tokens, 4, 8), (4, tokens))
+    assert not out.any()
+    assert np.isneginf(lse).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arrays_of_numpy_under_jit(rng):
+    inputs = paged_inputs(PAGED[0], rng, jnp.float32)
+    fixed = jax.tree.map(np.asarray, {name: inputs.pop(name) for name in ("q", "pages")})
+    got = jax.jit(lambda inputs: paged_attention(**fixed, **inputs))(inputs)
+    np.testing.assert_array_equal(got, paged_attention(**jax.tree.map(jnp.asarray, fixed), **inputs))
 
 
 def test_pages_is_a_pytree():

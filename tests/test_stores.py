@@ -44,15 +44,69 @@ def test_bad_arguments_of_pages_are_named():
     for call, name in [
         (lambda: init_pages(0, 4, 1, 2), "num_pages"),
         (lambda: init_pages(2, 4, 1, 2, jnp.int4), "dtype"),
+        (lambda: init_pages(2, 4, 1, 2, "foo"), "dtype"),
+        (lambda: write_pages(None, x, x, slots), "pages"),
+        (lambda: write_pages(KVPages(pages.k, pages.v[:1]), x, x, slots), "pages"),
+        (lambda: write_pages(KVPages(*(x.astype(jnp.int8) for x in (pages.k, pages.v))), x, x, slots), "pages"),
         (lambda: write_pages(pages, x[0], x, slots), "k"),
         (lambda: write_pages(pages, jnp.ones((3, 2, 2)), x, slots), "k"),
         (lambda: write_pages(pages, x, x[:2], slots), "v"),
         (lambda: write_pages(pages, x, x, slots[:2]), "slots"),
         (lambda: write_pages(pages, x, x, slots.astype(jnp.float32)), "slots"),
         (lambda: copy_pages(pages, slots, slots[:1]), "dst"),
+        (lambda: copy_pages(None, slots, slots), "pages"),
     ]:
         with pytest.raises(ValueError, match=f"^{name}: got"):
             call()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_arrays_of_numpy_are_written_and_a_slot_beyond_int32_is_none(dtype, tokens, rng):
+    pages = init_pages(5, 4, 2, 16, dtype)
+    k, v = rng.normal(size=(2, tokens, 2, 16)).astype(np.float32)
+    slots = np.array([2**32 + 1, 7, 2])[:tokens]
+    written = write_pages(jax.tree.map(np.asarray, pages), k, v, slots)
+    want = write_pages(pages, *(jnp.asarray(x[1:]) for x in (k, v)), jnp.asarray(slots[1:]))
+    jax.tree.map(np.testing.assert_array_equal, written, want)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments_of_a_step_are_named(new_store):
+    store, x = new_store(TINY, max_seqs=2, max_len=16), jnp.zeros((3, 6, 16))
+    lens = jnp.asarray([2, 1])
+    under_way, _ = store.extend(lens, 3)
+    attend = lambda layer: under_way.attend(layer, x, x[:, :2], x[:, :2])
+    for call, name in [
+        (lambda: store.extend(lens[:1], 3), "q_lens"),
+        *((lambda n=n: store.extend(lens, n), "num_tokens") for n in (0, -1, 6.5)),
+        *((lambda n=n: store.extend(lens, 3, n), "max_q_len") for n in (0, 1.5)),
+        *((lambda layer=layer: attend(layer), "layer") for layer in (-1, 2, True, jnp.int32(0), None)),
+        (lambda: under_way.extend(lens, 3), "store"),
+        (lambda: under_way.release(lens > 1), "store"),
+        *((lambda m=m: store.release(m), "mask") for m in ([True, False], True, jnp.bool_(True), lens)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            call()
+
+
+def test_a_row_never_shrinks_by_a_negative_length(new_store):
+    store, _ = new_store(TINY, max_seqs=2, max_len=16).extend(jnp.asarray([2, 1]), 3)
+    store, _ = store.end_step().extend(jnp.asarray([-1, 1]), 3)
+    assert store.lens.tolist() == [2, 2]
+
+
+def test_steps_in_a_scan_with_x64(new_store):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        x = jnp.zeros((2, 6, 16), jnp.float32)
+
+        def step(store, _):
+            store, ok = store.extend(jnp.asarray([1, 1]), 2)
+            out, store = store.attend(1, x, x[:, :2], x[:, :2])
+            return store.end_step(), (out, ok)
+
+        store, _ = jax.lax.scan(step, new_store(TINY, max_seqs=2, max_len=16), None, length=3)
+        assert store.lens.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

@@ -343,7 +343,7 @@ CODES = [
 def test_a_step_over_codes_works_in_place(generation, heads, page_size, dtype, longest):
     tokens, rows, length = (64, 64, 2048) if longest else (512, 9, 8192)
     q, _, *rest = arrays(tokens, rows, length // page_size, heads, page_size)
-    pages = jax.eval_shape(lambda: pages_of_a_tpu(2**16 // page_size, page_size, *heads[1:], dtype))
+    pages = jax.eval_shape(lambda: pages_of_a_tpu(3 * 2**17 // page_size, page_size, *heads[1:], dtype))
     compiled = check_step(generation, q, pages, *rest, longest=longest)
     copied = rf"= (?:s8|f8e4m3fn|f16|s16)\[{pages.num_pages},[\d,]*\]\S* (?:copy|transpose)\(.*"
     assert not re.findall(copied, compiled.as_text())

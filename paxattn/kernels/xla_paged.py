@@ -53,6 +53,8 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     del shared_prefix_len  # a hint
     num_tokens, heads, head_dim = q.shape
+    if 0 in (*q.shape, *page_table.shape):
+        return jnp.zeros_like(q), jnp.full((heads, num_tokens), -jnp.inf, jnp.float32)
     kv_heads = pages.num_kv_heads
     sizes = Sizes.of(num_tokens, kv_lens.shape[0], max_q_len)
     work = _cut(kv_lens, cu_q_lens, num_tokens, sizes.tile, max_q_len)

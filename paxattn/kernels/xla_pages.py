@@ -24,9 +24,9 @@ def put(into: Array, at: tuple[Array, ...], valid: Array, x: Array) -> Array:
         at = tuple(i.astype(jnp.int32) for i in at)
         return into.at[(jnp.where(valid, at[0], len(into)), *at[1:])].set(x, mode="drop")
     # Of a scatter of one row XLA makes a select over all pages, and without the barrier it writes once a reader.
-    first = tuple(jnp.where(valid[0], i[0], 0) for i in at)
+    first = tuple(jnp.where(valid[0], i[0], 0).astype(jnp.int32) for i in at)
     x = jnp.where(valid[0], x[0], into[first])
-    rest = (0,) * (into.ndim - len(at))
+    rest = (jnp.int32(0),) * (into.ndim - len(at))
     return lax.optimization_barrier(lax.dynamic_update_slice(into, x[(None,) * len(at)], (*first, *rest)))
 
 

@@ -102,7 +102,9 @@ class PageTable:
           each: pages that a row needs at most, where that is known: less to do; a row that needs more is refused.
         """
         checks.check_ints("lens", lens, self.lens.shape, "R")
-        want = jnp.maximum(lens.astype(jnp.int32), self.lens)
+        if each is not None:
+            checks.check_positive_int("each", each)
+        want = jnp.maximum(checks.int32(lens), self.lens)
         have = self._pages(self.lens)
         need = self._pages(want) - have
         rows, width = self.page_table.shape
@@ -128,8 +130,7 @@ class PageTable:
 
     def release(self, mask: Bool[Array, "R"]) -> "PageTable":
         """Drop the rows where mask is True; a page goes back when its last owner lets go."""
-        checks.check_shape("mask", mask, self.lens.shape, "R")
-        checks.require(mask.dtype == bool, "mask", f"dtype {mask.dtype}", "bool")
+        checks.check_mask("mask", mask, len(self.lens))
         gone = self._count(self.page_table, self.dropped, jnp.where(mask, self._pages(self.lens), 0))
         kept = jnp.where(mask, 0, self.lens)
         return replace(self, lens=kept, dropped=jnp.where(mask, 0, self.dropped))._let_go(gone)
@@ -140,7 +141,7 @@ class PageTable:
         lens and the places of the other pages stay; nothing may read the dropped ones any more.
         """
         checks.check_ints("positions", positions, self.lens.shape, "R")
-        whole = jnp.clip(positions.astype(jnp.int32), 0, self.lens) // self.page_size
+        whole = jnp.clip(checks.int32(positions), 0, self.lens) // self.page_size
         dropped = jnp.maximum(self.dropped, whole)
         gone = self._count(self.page_table, self.dropped, dropped)
         return replace(self, dropped=dropped)._let_go(gone)
@@ -152,7 +153,7 @@ class PageTable:
         must have no other owner: guesses that were not right.
         """
         checks.check_ints("lens", lens, self.lens.shape, "R")
-        kept = jnp.clip(lens.astype(jnp.int32), self.dropped * self.page_size, self.lens)
+        kept = jnp.clip(checks.int32(lens), self.dropped * self.page_size, self.lens)
         gone = self._count(self.page_table, self._pages(kept), self._pages(self.lens))
         return replace(self, lens=kept)._let_go(gone)
 
@@ -167,7 +168,7 @@ class PageTable:
         checks.check_rank("src", src, "F")
         checks.check_ints("src", src, src.shape, "F")
         checks.check_ints("dst", dst, src.shape, "F")
-        src, dst = src.astype(jnp.int32), dst.astype(jnp.int32)
+        src, dst = checks.int32(src), checks.int32(dst)
         known = (src >= 0) & (src < len(self.lens)) & (dst < len(self.lens))
         moves = (dst >= 0) & (src != dst) & known
         lens, dropped = self.lens[src], self.dropped[src]
@@ -208,15 +209,16 @@ class PageTable:
         checks.check_rank("pages", pages, "F C")
         checks.check_ints("pages", pages, (len(rows), pages.shape[1]), "F C")
         checks.check_ints("counts", counts, rows.shape, "F")
+        rows, pages, counts = (checks.int32(x) for x in (rows, pages, counts))
         width = self.page_table.shape[1]
         short = max(0, width - pages.shape[1])
-        pages = jnp.pad(pages.astype(jnp.int32), ((0, 0), (0, short)), constant_values=-1)[:, :width]
+        pages = jnp.pad(pages, ((0, 0), (0, short)), constant_values=-1)[:, :width]
         given = jnp.arange(width)[None, :] < counts[:, None]
         known = (pages >= 0) & (pages < self.num_pages) & (self.owners[pages] > 0)
         fits = (rows < len(self.lens)) & (counts >= 0) & (counts <= width)
         ok = (rows < 0) | (fits & (self.lens[rows] == 0) & jnp.all(known | ~given, axis=1))
         into = jnp.where(ok & (rows >= 0), rows, len(self.lens))
-        counts = jnp.where(ok & (rows >= 0), counts, 0).astype(jnp.int32)
+        counts = jnp.where(ok & (rows >= 0), counts, 0)
         table = replace(
             self,
             page_table=self.page_table.at[into].set(pages, mode="drop"),
@@ -229,13 +231,15 @@ class PageTable:
         """One owner more for each of these full pages, which outlive their rows so. Free and negative: skipped."""
         checks.check_rank("pages", pages, "X")
         checks.check_ints("pages", pages, pages.shape, "X")
-        return replace(self, owners=jnp.where(self.owners > 0, self.owners + self._tally(pages), self.owners))
+        return replace(
+            self, owners=jnp.where(self.owners > 0, self.owners + self._tally(checks.int32(pages)), self.owners)
+        )
 
     def let_go(self, pages: Int[Array, "X"]) -> "PageTable":
         """Undo `hold`: a page goes back when its last owner lets go; a negative page is skipped."""
         checks.check_rank("pages", pages, "X")
         checks.check_ints("pages", pages, pages.shape, "X")
-        return self._let_go(jnp.minimum(self._tally(pages), self.owners))
+        return self._let_go(jnp.minimum(self._tally(checks.int32(pages)), self.owners))
 
     def _pages(self, lens: Array) -> Array:
         return -(-lens // self.page_size)
@@ -251,7 +255,7 @@ class PageTable:
 
     def _tally(self, pages: Array) -> Array:
         """i32 [N]: how often each page stands in pages; negative ones do not count."""
-        pages = jnp.where(pages < 0, self.num_pages, pages).astype(jnp.int32)
+        pages = jnp.where(pages < 0, self.num_pages, pages)
         return jnp.zeros_like(self.owners).at[pages].add(1, mode="drop")
 
     def _let_go(self, gone: Array) -> "PageTable":

@@ -79,9 +79,7 @@ def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
     sizes = dict(num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
     for name, size in sizes.items():
         checks.check_positive_int(name, size)
-    dtype = jnp.dtype(dtype)
-    known = (*checks.FLOATS, *COMPRESSED)
-    checks.require(dtype.name in known, "dtype", dtype, f"one of {', '.join(known)}")
+    dtype = checks.check_dtype("dtype", dtype, (*checks.FLOATS, *COMPRESSED))
     together = _heads_a_row(num_kv_heads, head_dim)
     shape = (num_pages, page_size, num_kv_heads // together, together * head_dim)
     pages = KVPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_a_row=together)
@@ -93,6 +91,17 @@ def init_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
     by_group = lambda count: (num_pages, count, page_size * shape[2]) if turned else (*shape[:3], count)
     k_scale, v_scale = (jnp.zeros(by_group(count), jnp.float16) for count in groups)
     return replace(pages, k_scale=k_scale, v_scale=v_scale, scales_turned=turned)
+
+
+def check_pages(pages: Any) -> None:
+    """Raise a ValueError unless they are KVPages whose arrays fit each other."""
+    checks.require(isinstance(pages, KVPages), "pages", type(pages).__name__, "KVPages")
+    arrays = pages.k, pages.v, pages.k_scale, pages.v_scale
+    told = [None if x is None else f"{x.dtype}{list(x.shape)}" for x in arrays]
+    checks.require(pages.k.ndim == 4 and told[0] == told[1], "pages", f"k {told[0]}, v {told[1]}", "alike, of 4 axes")
+    scaled = [x is not None for x in arrays[2:]]
+    must = "scales of k and v where they are of int8 or float8_e4m3fn, and none elsewhere"
+    checks.require(scaled == [pages.k.dtype.name in COMPRESSED] * 2, "pages", f"k {told[0]}, scales {told[2:]}", must)
 
 
 def _scales_turned(page_size: int, rows: int, width: int) -> bool:
@@ -127,15 +136,15 @@ def write_pages(
       ValueError: an argument does not fit; the message names it.
       NotImplementedError: the implementation asked for cannot serve the call; the message names the feature.
     """
-    num_pages, page_size, head = pages.num_pages, pages.page_size, (pages.num_kv_heads, pages.head_dim)
+    check_pages(pages)
+    head = pages.num_kv_heads, pages.head_dim
     checks.check_rank("k", k, "T K D")
     checks.check_shape("k", k, (k.shape[0], *head), "T K D")
     checks.check_shape("v", v, k.shape, "T K D")
     checks.check_ints("slots", slots, (k.shape[0],), "T")
-    if slots.dtype != jnp.int32:
-        slots = jnp.where((slots >= 0) & (slots < num_pages * page_size), slots, -1).astype(jnp.int32)
+    pages, k, v = jax.tree.map(jnp.asarray, (pages, k, v))
     op = "write_pages" if pages.k_scale is None else "write_compressed_pages"
-    return dispatch.call(op, implementation, pages, _encode(pages, k, v), slots)
+    return dispatch.call(op, implementation, pages, _encode(pages, k, v), checks.int32(slots))
 
 
 def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
@@ -173,7 +182,7 @@ def _compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
     the best factor for the rounded numbers, so that little of the error lies along the vector itself.
     """
     most = COMPRESSED[dtype.name]
-    split = x.astype(jnp.float32).reshape(*x.shape[:2], groups, 1, -1)
+    split = x.astype(jnp.float32).reshape(*x.shape[:2], groups, 1, x.shape[2] // groups)
     tried = 2.0 ** (np.arange(TRIED_SCALES)[:, None] / TRIED_SCALES)
     scale = jnp.max(jnp.abs(split), axis=-1, keepdims=True) / most * jnp.asarray(tried, jnp.float32)[None, None, None]
     codes = split / jnp.where(scale > 0, scale, 1)
@@ -193,10 +202,12 @@ def copy_pages(pages: KVPages, src: Int[Array, "F"], dst: Int[Array, "F"]) -> KV
     Raises:
       ValueError: src and dst are not int arrays of one length.
     """
+    check_pages(pages)
     checks.check_rank("src", src, "F")
     checks.check_ints("src", src, src.shape, "F")
     checks.check_ints("dst", dst, src.shape, "F")
-    return put_pages(pages, dst, jax.tree.map(lambda x: x[jnp.maximum(src, 0).astype(jnp.int32)], pages))
+    pages, src = jax.tree.map(jnp.asarray, pages), jnp.maximum(checks.int32(src), 0)
+    return put_pages(pages, checks.int32(dst), jax.tree.map(lambda x: x[src], pages))
 
 
 def take_pages(pages: KVPages, ids: Array) -> KVPages:

@@ -89,8 +89,16 @@ class _Store:
         Returns:
           The store, and ok [R]: False where no room was left. Such a row stays as it was; its tokens
           are not written.
+
+        Raises:
+          ValueError: an argument does not fit, or a step is under way; the message names it.
         """
+        self.check_at_rest()
         checks.check_ints("q_lens", q_lens, (self.max_seqs,), "R")
+        checks.check_positive_int("num_tokens", num_tokens)
+        if max_q_len is not None:
+            checks.check_positive_int("max_q_len", max_q_len)
+        q_lens = jnp.maximum(checks.int32(q_lens), 0)
         before = self.lens
         store, ok = self._grow(before + q_lens, max_q_len)
         batch = _lay_out(store.page_table, before, q_lens, ok, self.layers[0].page_size, num_tokens, max_q_len)
@@ -108,10 +116,19 @@ class _Store:
         softcap: float | None = None,
         sinks: Array | None = None,
     ) -> tuple[Array, Self]:
-        """Write the step's k, v [T,K,D] and attend from q [T,H,D] to all that the rows hold: out [T,H,D]."""
+        """Write the step's k, v [T,K,D] and attend from q [T,H,D] to all that the rows hold: out [T,H,D].
+
+        layer is an int from 0 to L - 1; the options are those of `paged_attention`.
+
+        Raises:
+          ValueError: an argument does not fit, or no step is under way; the message names it.
+          NotImplementedError: the store's implementation cannot serve the call.
+        """
         batch = self.batch
         if batch is None:
             raise ValueError("attend: no step is under way, call extend first")
+        known = checks.is_int(layer) and 0 <= layer < len(self.layers)
+        checks.require(known, "layer", repr(layer), f"an int from 0 to {len(self.layers) - 1}")
         pages = write_pages(self.layers[layer], k, v, batch.slots)
         out = paged_attention(
             q,
@@ -132,6 +149,10 @@ class _Store:
     def end_step(self) -> Self:
         """The store at rest, the same pytree structure after a step of any size."""
         return replace(self, batch=None)
+
+    def check_at_rest(self) -> None:
+        """Raise a ValueError between `extend` and `end_step`: the batch knows where its tokens go."""
+        checks.require(self.batch is None, "store", "one with a step under way", "one after end_step")
 
 
 @jax.tree_util.register_dataclass
@@ -178,7 +199,11 @@ class PagedKV(_Store):
           dtype: of the pages; int8 and float8_e4m3fn are compressed on write and read with a scale.
           window: the largest of the model's layers, where every layer has one.
           zero_on_release: nothing that a row wrote outlives it in memory.
+
+        Raises:
+          ValueError: a size is not a positive int, or dtype is none that `init_pages` knows; the message names it.
         """
+        checks.check_bool("zero_on_release", zero_on_release)
         _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len, page_size=page_size)
         if window is not None:
             checks.check_positive_int("window", window)
@@ -202,6 +227,7 @@ class PagedKV(_Store):
         return self.table.lens
 
     def attend(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Self]:
+        """As every store's; a `window` of the store bounds the layer's."""
         left, _ = checks.window_bounds(options.get("window"), causal=True)
         bounded = self.window is None or (left is not None and left < self.window)
         checks.require(bounded, "window", options.get("window"), f"at most {self.window}, the store's")
@@ -212,6 +238,7 @@ class PagedKV(_Store):
         return replace(self, table=table), ok
 
     def end_step(self) -> "PagedKV":
+        """The store at rest; pages behind its `window` have been given back."""
         store = replace(self, batch=None)
         if self.window is None:
             return store
@@ -245,10 +272,6 @@ class PagedKV(_Store):
         self.check_at_rest()
         return self._given_back(self.table.let_go(pages))
 
-    def check_at_rest(self) -> None:
-        """Raise a ValueError between `extend` and `end_step`: the batch knows where its tokens go."""
-        checks.require(self.batch is None, "store", "one with a step under way", "one after end_step")
-
     def _given_back(self, table: PageTable, taken: Array | int = 0) -> Self:
         """With a table to whose stack pages went back, after `taken` came off it."""
         if not self.zero_on_release:
@@ -281,6 +304,8 @@ class _RowsKV(_Store):
 
     def release(self, mask: Array) -> Self:
         """Empty the rows where mask [R] is True."""
+        self.check_at_rest()
+        checks.check_mask("mask", mask, self.max_seqs)
         return replace(self, row_lens=jnp.where(mask, 0, self.row_lens))
 
     @classmethod
@@ -310,6 +335,11 @@ class ContiguousKV(_RowsKV):
         dtype: Any = jnp.bfloat16,
         implementation: str | None = None,
     ) -> "ContiguousKV":
+        """An empty store of R = max_seqs rows of up to max_len tokens.
+
+        Raises:
+          ValueError: a size is not a positive int, or dtype is none that `init_pages` knows.
+        """
         _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len)
         return cls._create(num_layers, num_kv_heads, head_dim, max_seqs, max_len, 1, dtype, implementation)
 
@@ -332,6 +362,11 @@ class BlockwiseKV(_RowsKV):
         dtype: Any = jnp.bfloat16,
         implementation: str | None = None,
     ) -> "BlockwiseKV":
+        """An empty store of R = max_seqs rows of up to max_len tokens, in blocks of block_size.
+
+        Raises:
+          ValueError: a size is not a positive int, or dtype is none that `init_pages` knows.
+        """
         _check_sizes(num_layers=num_layers, max_seqs=max_seqs, max_len=max_len, block_size=block_size)
         blocks = -(-max_len // block_size)
         return cls._create(num_layers, num_kv_heads, head_dim, max_seqs, block_size, blocks, dtype, implementation)
@@ -351,6 +386,7 @@ class Uncached:
     implementation: str | None = field(metadata=_STATIC, default=None)
 
     def attend(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, "Uncached"]:
+        """A step's attention, from q [T,H,D] to its own k, v [T,K,D]: out [T,H,D]; errors as of `flash_attention`."""
         del layer
         segments = self.segments[None]
         out = flash_attention(
