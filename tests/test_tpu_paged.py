@@ -240,6 +240,15 @@ def test_codes_in_float32_equal_the_oracle(case, dtype, rng):
     np.testing.assert_allclose(lse, want_lse, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("heads", "page_size"), [((3, 64), 16), ((2, 80), 16), ((1, 128), 8)])
+def test_pages_that_would_be_copied_are_declined_on_a_tpu(heads, page_size, monkeypatch):
+    pages = pages_of_a_tpu(6, page_size, *heads)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    ints = jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.arange(2)
+    with pytest.raises(NotImplementedError, match="would copy all"):
+        paged_attention(jnp.zeros((1, *heads), jnp.bfloat16), pages, *ints, implementation=TPU)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("heads", "page_size"), [((16, 8, 128), 16), ((8, 8, 64), 32), ((3, 1, 128), 128)])
 def test_codes_of_a_tpu_in_bfloat16_are_as_near_as_the_xla_implementation(heads, page_size, dtype, rng):

@@ -58,10 +58,19 @@ def _decline(q: Array, pages: Any, page_table: Array) -> None:
         raise NotImplementedError(f"compressed pages of {shape}, scales not turned: 'mosaic_tpu' serves turned ones")
     if pages.k_scale is None and pages.k.dtype != q.dtype:
         raise NotImplementedError(f"pages of {pages.k.dtype} for {q.dtype}: 'mosaic_tpu' serves pages of q's dtype")
+    if jax.default_backend() == "tpu" and not _lie_together(pages):
+        shape = f"{pages.page_size} tokens, {pages.num_kv_heads} heads of {pages.head_dim}"
+        raise NotImplementedError(f"pages of {shape}: 'mosaic_tpu' would copy all of them, 'xla' does not")
     if page_table.shape[1] > MOST_ENTRIES:
         raise NotImplementedError(f"{page_table.shape[1]} pages a row: 'mosaic_tpu' serves up to {MOST_ENTRIES}")
     if 0 in q.shape or 0 in pages.k.shape or 0 in page_table.shape:
         raise NotImplementedError("an axis of nothing: 'mosaic_tpu' serves none, 'xla' does")
+
+
+def _lie_together(pages: Any) -> bool:
+    """Whether XLA keeps pages in the order in which a kernel is given them. Interpreted, others are served, too."""
+    _, page_size, kv_heads, row = pages.k.shape
+    return row % LANES == 0 and (kv_heads > 1 or pages.k.dtype != jnp.bfloat16 or page_size % REGISTER == 0)
 
 
 def _in_row(q: Array, heads_a_row: int, rows: int) -> Array:
