@@ -592,6 +592,17 @@ def test_a_windowed_model_gives_back_what_is_behind(tiny, rng):
     at_rest(served)
 
 
+def test_guesses_do_not_push_what_a_window_sees_out_of_the_pages(tiny, rng):
+    """A text that repeats itself is guessed, and guesses that are wrong are taken back."""
+    model, params = Windowed(tiny[0]), tiny[1]
+    config = EngineConfig(**SIZES)
+    prompts = [rng.integers(0, TINY.vocab_size, 6).tolist() * 3 for _ in range(12)]
+    plain, guessing = (Engine(model, params, replace(config, draft_tokens=n, ngram=1)) for n in (0, 5))
+    how = GenerationParams(max_new_tokens=40)
+    assert guessing.generate(prompts, how) == plain.generate(prompts, how)
+    at_rest(guessing)
+
+
 class Windowed:
     """A model whose layers all have a window."""
 

@@ -275,6 +275,8 @@ class Engine:
 
     def _create(self, num_pages: int) -> Slots:
         config, layout = self.config, self._layout
+        # Guesses count as stored until they are found wrong, so that pages go back as many tokens too early.
+        window = None if layout.window is None else layout.window + config.draft_tokens
         kv = PagedKV.create(
             layout.num_layers,
             layout.num_kv_heads,
@@ -285,7 +287,7 @@ class Engine:
             num_pages=num_pages,
             dtype=config.kv_dtype or layout.dtype,
             implementation=config.implementation,
-            window=layout.window,
+            window=window,
         )
         return Slots.create(kv, config.max_stop_ids, config.max_logit_bias)
 
