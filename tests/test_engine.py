@@ -572,6 +572,86 @@ def test_streams_hear_of_a_failure(engine, monkeypatch):
     at_rest(served)
 
 
+def test_all_streams_hear_the_same_failure(engine, monkeypatch):
+    """Also those that come to it after the first has left, and nothing is left of any."""
+    served, step, failures = engine(), engine().step, iter([RuntimeError("no such token")])
+
+    def fail_once():
+        for error in failures:
+            raise error
+        return step()
+
+    async def read(prompt):
+        return [update async for update in served.stream(prompt, GenerationParams(max_new_tokens=30))]
+
+    async def all_of_them():
+        return await asyncio.gather(*(read([i] * 9) for i in range(3)), return_exceptions=True)
+
+    monkeypatch.setattr(served, "step", fail_once)
+    assert [str(error) for error in asyncio.run(all_of_them())] == ["no such token"] * 3
+    monkeypatch.undo()
+    at_rest(served)
+    assert served._live == {}
+
+
+def test_a_stream_may_be_left_after_its_request_has_ended(engine):
+    served = engine()
+
+    async def leave_late():
+        stream = served.stream([1, 2, 3], GenerationParams(max_new_tokens=20))
+        async for _ in stream:
+            while served._live:
+                await asyncio.sleep(0.01)
+            break
+        await stream.aclose()
+
+    asyncio.run(leave_late())
+    at_rest(served)
+
+
+def test_no_step_goes_on_beside_another_when_streams_are_cancelled(engine, monkeypatch):
+    """At the end of an event loop, which cancels the task that waits for a step, but not the thread that takes it."""
+    served, inside = engine(), []
+
+    def alone(name):
+        call = getattr(served, name)
+
+        def guarded(*args):
+            assert not inside
+            inside.append(name)
+            time.sleep(0.02)
+            try:
+                return call(*args)
+            finally:
+                inside.pop()
+
+        return guarded
+
+    for name in ("step", "cancel"):
+        monkeypatch.setattr(served, name, alone(name))
+    failures = []
+
+    async def read(number):
+        try:
+            async for _ in served.stream([number] * 5, GenerationParams(max_new_tokens=60)):
+                pass
+        except AssertionError as error:
+            failures.append(error)
+            raise
+
+    async def leave(seconds):
+        tasks = [asyncio.create_task(read(i)) for i in range(4)]
+        await asyncio.sleep(seconds)
+        assert not any(task.done() for task in tasks)
+
+    for seconds in (0.03, 0.05, 0.06):
+        asyncio.run(leave(seconds))
+        assert not inside
+        assert not failures
+        assert served._live == {}
+        at_rest(served)
+
+
 def test_compressed_pages_serve_too(tiny, rng):
     served = Engine(*tiny, EngineConfig(**SIZES | dict(kv_dtype="int8")))
     done = served.generate([rng.integers(0, TINY.vocab_size, 9).tolist()] * 3, GenerationParams(max_new_tokens=8))
