@@ -660,6 +660,24 @@ def test_compressed_pages_serve_too(tiny, rng):
     at_rest(served)
 
 
+def test_an_engine_works_where_floats_have_64_bits(tiny, alone, rng):
+    """With every rule at once; what it works with has 32 all the same."""
+    prompt = rng.integers(0, TINY.vocab_size, 9).tolist()
+    rich = GenerationParams(
+        max_new_tokens=5, sampling=Sampling(0.8, 5, 0.9, 3, 0.01), min_new_tokens=2, stop_ids=[4], logprobs=1,
+        repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={3: 1.0},
+    )  # fmt: skip
+    want = alone(prompt)[:5]
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            served = Engine(*tiny, EngineConfig(**SIZES | dict(max_logprobs=1)))
+            plain, _ = served.generate([prompt, prompt], [GenerationParams(5), rich])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert plain.ids == want
+
+
 def test_a_windowed_model_gives_back_what_is_behind(tiny, rng):
     """Every layer attends to 8 tokens: no more than a few pages a row, however long it gets."""
     model, params = tiny
