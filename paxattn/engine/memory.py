@@ -16,13 +16,17 @@ from paxattn.kv.pages import init_pages
 
 @dataclass(frozen=True)
 class Layout:
-    """Layers, KV heads, head dim and dtype of what a model keeps; the largest window, if all layers have one."""
+    """Layers, KV heads, head dim and dtype of what a model keeps; the largest window, if all layers have one.
+
+    And its vocabulary: how many logits it gives.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: Any
     window: int | None
+    vocabulary: int
 
     def page_bytes(self, page_size: int, dtype: Any) -> int:
         pages = jax.eval_shape(lambda: init_pages(1, page_size, self.num_kv_heads, self.head_dim, dtype))
@@ -50,14 +54,14 @@ def layout(model: Model, params: Any) -> Layout:
     """
     probe = _Probe()
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
-    jax.eval_shape(lambda params, tokens: model(params, tokens, tokens, probe)[0], params, token)
+    logits = jax.eval_shape(lambda params, x: model.logits(params, model(params, x, x, probe)[0]), params, token)
     kinds = {(heads, dim, dtype.name) for heads, dim, dtype, _ in probe.seen.values()}
     checks.require(len(kinds) == 1, "model", f"layers of {sorted(kinds)}", "one whose layers keep the same")
     heads, dim, dtype, _ = probe.seen[0]
     lefts = [left for *_, left in probe.seen.values()]
     windows = [left + 1 for left in lefts if left is not None]
     window = max(windows) if len(windows) == len(lefts) else None
-    return Layout(len(probe.seen), heads, dim, dtype, window)
+    return Layout(len(probe.seen), heads, dim, dtype, window, logits.shape[-1])
 
 
 def room_for_pages(most: int, page_bytes: int, fraction: float, workspace: Callable[[], int]) -> int:
