@@ -32,7 +32,7 @@ from paxattn import (
     dispatch,
     generate,
 )
-from paxattn.engine import edits, memory, slots
+from paxattn.engine import edits, memory, programs, slots
 from paxattn.engine import engine as engine_module
 from paxattn.engine.engine import BrokenEngineError
 from paxattn.engine.interrupts import postponed
@@ -210,8 +210,68 @@ def test_programs_are_kept_in_a_file(tiny, alone, monkeypatch, tmp_path, rng):
         Engine(*tiny, replace(config, decode_steps=7)).restore(file)
     model, params = tiny
     other = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    with pytest.raises(ValueError, match=r"programs for params"):
+    with pytest.raises(ValueError, match=r"programs for (model|params)"):
         Engine(model, other, config).restore(file)
+    with (
+        jax.default_matmul_precision("highest"),
+        pytest.raises(ValueError, match=r"programs for jax_default_matmul_precision None, not highest"),
+    ):
+        second.restore(file)
+
+
+def test_programs_that_cannot_be_kept_are_not_written(tiny, tmp_path):
+    """Those of a CPU that have run a sort, or that JAX may have taken from its own cache."""
+    file = tmp_path / "programs.zip"
+    file.write_bytes(b"an older one")
+    served = Engine(*tiny, EngineConfig(**SIZES | dict(max_len=80)))
+    served.warmup()
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match=r"programs\.zip: .* jax_enable_compilation_cache=False, warm up"):
+            served.export(file)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    served.generate([[1, 2, 3]], GenerationParams(max_new_tokens=3))
+    with pytest.raises(ValueError, match=r"programs\.zip: .* export right after warmup"):
+        served.export(file)
+    assert file.read_bytes() == b"an older one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_engine_is_as_it_was_after_programs_that_do_not_run(tiny, alone, monkeypatch, tmp_path, rng):
+    file, config = tmp_path / "programs.zip", EngineConfig(**SIZES | dict(max_len=80))
+    served, prompt = Engine(*tiny, config), rng.integers(0, TINY.vocab_size, 20).tolist()
+    want = alone(prompt)[:6]
+    assert served.generate([prompt], GenerationParams(6))[0].ids == want
+    at_rest(served)
+    file.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"programs\.zip: programs that do not run here"):
+        served.restore(file)
+    at_rest(served)
+
+    def fail(*arguments):
+        """As a program that has taken the pages and lacks a function."""
+        for x in jax.tree.leaves(arguments[:2]):
+            x.delete()
+        raise jax.errors.JaxRuntimeError("INTERNAL: Function sort not found")
+
+    monkeypatch.setattr(programs, "load", lambda path, about, trees: dict.fromkeys(trees, lambda *x: fail(x[1])))
+    with pytest.raises(ValueError, match=r"programs\.zip: programs that do not run here .*sort not found"):
+        served.restore(file)
+    assert served.generate([prompt], GenerationParams(6))[0].ids == want
+    at_rest(served)
+    served.add_request(prompt, GenerationParams(6))
+    with pytest.raises(ValueError, match=r"^restore: got an engine with steps to take"):
+        served.restore(file)
+    at_rest(served)
+
+
+def test_a_model_is_known_by_what_it_computes(tiny):
+    model, params = tiny
+    digest = memory.digest(Windowed(model), params)
+    assert digest == memory.digest(Windowed(model), params)
+    assert len({digest, memory.digest(model, params), memory.digest(Windowed(model, window=4), params)}) == 3
 
 
 def test_the_loop_lowers_for_a_gpu(monkeypatch):
@@ -911,11 +971,11 @@ def test_guesses_do_not_push_what_a_window_sees_out_of_the_pages(tiny, rng):
 class Windowed:
     """A model whose layers all have a window."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, window=8):
+        self.model, self.window = model, window
 
     def __call__(self, params, tokens, positions, kv):
-        hidden, kv = self.model(params, tokens, positions, _WindowedKV(kv))
+        hidden, kv = self.model(params, tokens, positions, _WindowedKV(kv, self.window))
         return hidden, kv.kv
 
     def logits(self, params, hidden):
@@ -923,12 +983,12 @@ class Windowed:
 
 
 class _WindowedKV:
-    def __init__(self, kv):
-        self.kv = kv
+    def __init__(self, kv, window):
+        self.kv, self.window = kv, window
 
     def attend(self, layer, q, k, v, **options):
-        out, kv = self.kv.attend(layer, q, k, v, window=8, **options)
-        return out, _WindowedKV(kv)
+        out, kv = self.kv.attend(layer, q, k, v, window=self.window, **options)
+        return out, _WindowedKV(kv, self.window)
 
 
 def test_names_are_public():

@@ -91,9 +91,7 @@ class Engine:
         self._limits = Limits(layout.vocabulary, config.max_stop_ids, config.max_logit_bias, config.max_logprobs, texts)
         self._room = edits.Room.of(config.max_seqs, config.max_len)
         self.num_pages = self._num_pages()
-        # Bound to its device from the start, as what comes back from a swap is: jit tells the two kinds apart.
-        device = next(iter(jax.tree.leaves(params)[0].devices()))
-        self._slots = jax.device_put(self._create(self.num_pages), device)
+        self._slots = self._new_slots()
         index = PrefixIndex(config.page_size) if config.prefix_cache else None
         self._programs: dict[Hashable, Compiled] = {}
         self._scheduler = Scheduler(
@@ -128,14 +126,13 @@ class Engine:
         Args:
           progress: called with how many programs are ready, of how many.
         """
-        self._programs |= programs.compile_all(self._lowered(), progress, len(self._trees()))
-        self._rehearse()
+        self._take_over(programs.compile_all(self._lowered(), progress, len(self._trees())))
 
     def export(self, path: str | os.PathLike) -> None:
         """Write what `warmup` has compiled to a file, from which `restore` takes it instead.
 
         Raises:
-          ValueError: there was no `warmup`.
+          ValueError: there was no `warmup`, or its programs cannot be written any more; the message says what to do.
         """
         checks.require(bool(self._programs), "export", "an engine without programs", "one after warmup")
         programs.save(Path(path), self._facts(), self._programs)
@@ -144,13 +141,17 @@ class Engine:
         """Instead of `warmup`: take the programs that the same engine has exported on such a device.
 
         Nothing is traced. What swapping takes is compiled all the same. Like any program, the file can do what it
-        likes with this process: take none from strangers.
+        likes with this process: take none from strangers. Where they do not run, the engine is as it was before, but
+        for the prefixes it knew.
 
         Raises:
-          ValueError: they are programs of another model, config, device or version; the message says which.
+          ValueError: they are programs of another model, config, device or version, or damaged, or the engine is busy;
+            the message says which.
         """
-        self._programs |= programs.load(Path(path), self._facts(), self._trees())
-        self._rehearse()
+        checks.require(not self.busy, "restore", "an engine with steps to take", "one that is not busy")
+        loaded = programs.load(Path(path), self._facts(), self._trees())
+        with programs.readable(Path(path)):
+            self._take_over(loaded)
 
     def add_request(self, prompt: Sequence[int], params: GenerationParams | None = None) -> int:
         """Let a prompt wait for its turn; its id, for `cancel` and in what `step` tells.
@@ -217,16 +218,18 @@ class Engine:
         Raises:
           BrokenEngineError: an earlier step has failed.
         """
-        if self._settle:
+        with postponed():
+            if self._settle:
+                with self._whole():
+                    self._collect(0)
+                    self._settle = False
+                self._tell()
             with self._whole():
-                self._collect(0)
-                self._settle = False
+                more = self._scheduler.busy
+                if more:
+                    self._launch()
+                self._collect(int(more))
             self._tell()
-        with self._whole():
-            more = self._scheduler.busy
-            if more:
-                self._launch()
-            self._collect(int(more))
         return self._claim()
 
     def generate(
@@ -298,8 +301,10 @@ class Engine:
 
     def drain(self) -> list[Update]:
         """Wait for what is under way, so that the store is at rest; the Updates that came of it."""
-        with self._whole():
-            self._collect(0)
+        with postponed():
+            with self._whole():
+                self._collect(0)
+            self._tell()
         return self._claim()
 
     def stats(self) -> Stats:
@@ -327,6 +332,11 @@ class Engine:
 
         page_bytes = self._layout.page_bytes(config.page_size, config.kv_dtype or self._layout.dtype)
         return memory.room_for_pages(most, page_bytes, config.memory_fraction, workspace)
+
+    def _new_slots(self) -> Slots:
+        # Bound to its device from the start, as what comes back from a swap is: jit tells the two kinds apart.
+        device = next(iter(jax.tree.leaves(self.params)[0].devices()))
+        return jax.device_put(self._create(self.num_pages), device)
 
     def _create(self, num_pages: int) -> Slots:
         config, layout = self.config, self._layout
@@ -371,7 +381,8 @@ class Engine:
 
     def _facts(self) -> dict[str, str]:
         kinds = jax.tree.map(lambda x: jax.typeof(x).str_short(), self.params)
-        return programs.facts(config=self.config, num_pages=self.num_pages, model=self.model, params=kinds)
+        model = f"{type(self.model).__qualname__} {memory.digest(self.model, self.params)}"
+        return programs.facts(config=self.config, num_pages=self.num_pages, model=model, params=kinds)
 
     def _empty_edit(self, size: int) -> edits.Edit:
         [edit] = edits.pack(self._room, self._slots, [], [], [])
@@ -379,14 +390,13 @@ class Engine:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """What must run to its end: an interrupt waits, and whatever else stops it is told ever after."""
+        """What must run to its end: whatever stops it is told ever after."""
         self._check_whole()
-        with postponed():
-            try:
-                yield
-            except BaseException as error:
-                self._failure = error
-                raise
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _check_whole(self) -> None:
         if self._failure is not None:
@@ -513,7 +523,6 @@ class Engine:
                 self._end(request, update.reason)
 
     def _claim(self) -> list[Update]:
-        self._tell()
         updates, self._unclaimed = self._unclaimed, []
         return updates
 
@@ -547,18 +556,28 @@ class Engine:
             told.append(TokenLogprob(float(news.logprobs[step, row, place]), best))
         return told
 
-    def _rehearse(self) -> None:
+    def _take_over(self, made: dict[Hashable, Compiled]) -> None:
+        """Use these programs from now on, if they run."""
+        if not self.busy:
+            try:
+                self._rehearse(made)
+            except BaseException:
+                # The pages were given to a program that did not give them back.
+                self._slots = self._new_slots()
+                self._scheduler.forget_prefixes()
+                raise
+        self._programs |= made
+
+    def _rehearse(self, made: dict[Hashable, Compiled]) -> None:
         """Run every program, of no rows: in its first run a GPU is told of it, which takes as long as many steps.
 
         Where rows may be swapped, swap an empty one of each size out and in, as that compiles what it takes.
         """
-        if self.busy:
-            return
         for shape in self.config.shapes:
-            self._slots, _ = self._programs[shape](self.params, self._slots, np.int32(1), np.int32(0))
+            self._slots, _ = made[shape](self.params, self._slots, np.int32(1), np.int32(0))
         for size in self._room.tokens:
-            self._slots = self._programs[size](self._slots, self._empty_edit(size))
-        self._slots = jax.block_until_ready(self._programs["fork"](self._slots, *self._forks([])))
+            self._slots = made[size](self._slots, self._empty_edit(size))
+        self._slots = jax.block_until_ready(made["fork"](self._slots, *self._forks([])))
         if self.config.preemption != "swap":
             return
         table = self._slots.kv.table

@@ -139,6 +139,12 @@ class Scheduler:
         """Pages that only the prefix index keeps."""
         return 0 if self.index is None else self.index.cached
 
+    def forget_prefixes(self) -> None:
+        """All pages are new and free; nothing may be running."""
+        if self.index is not None:
+            self.index.evict(self.cached)
+        self.num_free = self.num_pages
+
     def check(self, request: Request) -> None:
         """Raise TooLongError for a request that could never run."""
         if request.max_new_tokens >= self.max_len:
