@@ -189,7 +189,7 @@ class Engine:
                 max_new_tokens=params.max_new_tokens,
                 priority=params.priority,
                 salt=params.salt,
-                options=Job(self._next_id, index, params, replace(rules, stream=index)),
+                options=Job(self._next_id, index, params, rules),
             )
             for index in range(params.num_samples)
         ]
@@ -462,7 +462,7 @@ class Engine:
         request.swapped = None
 
     def _admission(self, request: Request, pages: tuple[int, ...]) -> edits.Admission:
-        rules = request.options.rules
+        rules = replace(request.options.rules, stream=request.options.index)
         order = max(-(2**31), min(2**31 - 1, request.key[0]))
         return edits.Admission(_row(request), request.tokens, pages, order, bool(request.twins), rules)
 

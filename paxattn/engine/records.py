@@ -74,7 +74,7 @@ class Stats:
 
 @dataclass(eq=False)
 class Job:
-    """A sample as the engine's user knows it, what it asks for, and what it has got."""
+    """A sample as the engine's user knows it, what it asks for (with the rules of the first), and what it has got."""
 
     id: int
     index: int
