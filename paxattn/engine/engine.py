@@ -203,12 +203,13 @@ class Engine:
         checks.require(checks.is_int(number), "number", repr(number), "an id that add_request gave")
         if number not in self._live:
             raise UnknownRequestError(f"number: got {number!r}, must be the id of a request that has not ended")
-        for one in self._live.pop(number):
-            if one.ended is None:
-                self._scheduler.cancel(one)
-                one.options.reason = "cancelled"
-        self._untold = deque(drawn for drawn in self._untold if drawn.request.options.id != number)
-        self._unclaimed = [update for update in self._unclaimed if update.id != number]
+        with postponed():
+            for one in self._live.pop(number):
+                if one.ended is None:
+                    self._scheduler.cancel(one)
+                    one.options.reason = "cancelled"
+            self._untold = deque(drawn for drawn in self._untold if drawn.request.options.id != number)
+            self._unclaimed = [update for update in self._unclaimed if update.id != number]
 
     def step(self) -> list[Update]:
         """Enqueue the next loop, and tell what the one before has drawn: an Update for each sample that got tokens.
