@@ -130,3 +130,37 @@ def check_sinks(sinks: Any, num_heads: int) -> None:
 def check_groups(num_heads: int, num_kv_heads: int, name: str) -> None:
     whole = num_kv_heads > 0 and num_heads % num_kv_heads == 0
     require(whole, name, f"{num_kv_heads} KV heads for {num_heads} query heads", "a divisor of the query heads")
+
+
+def static_int(name: str, x: Any, least: int, below: int) -> int:
+    """A Python int, also of an array of one integer."""
+    must = f"an int from {least} to {below - 1}, known at trace time"
+    whole = is_int(x) or (getattr(x, "ndim", None) == 0 and jnp.issubdtype(x.dtype, jnp.integer))
+    require(whole, name, repr(x), must)
+    try:
+        number = int(x)
+    except TypeError as error:  # a tracer's ConcretizationTypeError is one
+        raise ValueError(f"{name}: got {x!r}, must be {must}") from error
+    require(least <= number < below, name, repr(x), must)
+    return number
+
+
+def static_float32(name: str, x: Any) -> float:
+    """A number that float32 holds, and does not make 0: devices take what is below the smallest normal number for 0."""
+    require(getattr(x, "ndim", 0) == 0, name, repr(x), "one number")
+    number, kinds = static_float(name, x), jnp.finfo(jnp.float32)
+    must = f"0 or from {kinds.tiny:.3g} to {kinds.max:.3g} in size, as float32 holds it"
+    require(number == 0 or float(kinds.tiny) <= abs(number) <= float(kinds.max), name, repr(x), must)
+    return number
+
+
+def token_ids(name: str, x: Any, below: int = 2**31) -> np.ndarray:
+    """As an array [any] of ids from 0 up to, and without, `below`."""
+    try:
+        ids = np.asarray(x)
+    except (TypeError, ValueError):  # a ragged one
+        ids = np.asarray(None)
+    whole = ids.ndim == 1 and (ids.size == 0 or np.issubdtype(ids.dtype, np.integer))
+    if not (whole and bool(np.all((ids >= 0) & (ids < below)))):
+        raise ValueError(f"{name}: got {repr(x)[:80]}, must be a sequence of token ids below {below}")
+    return ids

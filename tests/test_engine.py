@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import random
+import signal
 import time
 from dataclasses import replace
 from functools import partial
@@ -31,8 +32,10 @@ from paxattn import (
     dispatch,
     generate,
 )
-from paxattn.engine import edits, memory, slots
+from paxattn.engine import edits, memory, programs, slots
 from paxattn.engine import engine as engine_module
+from paxattn.engine.engine import BrokenEngineError
+from paxattn.engine.interrupts import postponed
 from scripts.profile_decode import host_operations, page_copies
 
 SIZES = dict(max_seqs=4, max_len=96, page_size=4, num_pages=30, prefill_tokens=16, decode_steps=6)
@@ -207,8 +210,68 @@ def test_programs_are_kept_in_a_file(tiny, alone, monkeypatch, tmp_path, rng):
         Engine(*tiny, replace(config, decode_steps=7)).restore(file)
     model, params = tiny
     other = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    with pytest.raises(ValueError, match=r"programs for params"):
+    with pytest.raises(ValueError, match=r"programs for (model|params)"):
         Engine(model, other, config).restore(file)
+    with (
+        jax.default_matmul_precision("highest"),
+        pytest.raises(ValueError, match=r"programs for jax_default_matmul_precision None, not highest"),
+    ):
+        second.restore(file)
+
+
+def test_programs_that_cannot_be_kept_are_not_written(tiny, tmp_path):
+    """Those of a CPU that have run a sort, or that JAX may have taken from its own cache."""
+    file = tmp_path / "programs.zip"
+    file.write_bytes(b"an older one")
+    served = Engine(*tiny, EngineConfig(**SIZES | dict(max_len=80)))
+    served.warmup()
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match=r"programs\.zip: .* jax_enable_compilation_cache=False, warm up"):
+            served.export(file)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    served.generate([[1, 2, 3]], GenerationParams(max_new_tokens=3))
+    with pytest.raises(ValueError, match=r"programs\.zip: .* export right after warmup"):
+        served.export(file)
+    assert file.read_bytes() == b"an older one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_engine_is_as_it_was_after_programs_that_do_not_run(tiny, alone, monkeypatch, tmp_path, rng):
+    file, config = tmp_path / "programs.zip", EngineConfig(**SIZES | dict(max_len=80))
+    served, prompt = Engine(*tiny, config), rng.integers(0, TINY.vocab_size, 20).tolist()
+    want = alone(prompt)[:6]
+    assert served.generate([prompt], GenerationParams(6))[0].ids == want
+    at_rest(served)
+    file.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"programs\.zip: programs that do not run here"):
+        served.restore(file)
+    at_rest(served)
+
+    def fail(*arguments):
+        """As a program that has taken the pages and lacks a function."""
+        for x in jax.tree.leaves(arguments[:2]):
+            x.delete()
+        raise jax.errors.JaxRuntimeError("INTERNAL: Function sort not found")
+
+    monkeypatch.setattr(programs, "load", lambda path, about, trees: dict.fromkeys(trees, lambda *x: fail(x[1])))
+    with pytest.raises(ValueError, match=r"programs\.zip: programs that do not run here .*sort not found"):
+        served.restore(file)
+    assert served.generate([prompt], GenerationParams(6))[0].ids == want
+    at_rest(served)
+    served.add_request(prompt, GenerationParams(6))
+    with pytest.raises(ValueError, match=r"^restore: got an engine with steps to take"):
+        served.restore(file)
+    at_rest(served)
+
+
+def test_a_model_is_known_by_what_it_computes(tiny):
+    model, params = tiny
+    digest = memory.digest(Windowed(model), params)
+    assert digest == memory.digest(Windowed(model), params)
+    assert len({digest, memory.digest(model, params), memory.digest(Windowed(model, window=4), params)}) == 3
 
 
 def test_the_loop_lowers_for_a_gpu(monkeypatch):
@@ -295,6 +358,169 @@ def test_a_stop_string_ends_a_request_where_it_is_complete(engine, alone, kind, 
     count = next(n for n in range(20) if string in text[n])
     [one] = served.generate([prompt], GenerationParams(max_new_tokens=20, stop_strings=["never", string]))
     assert (one.ids, one.reason) == (want[:count], "stop")
+    at_rest(served)
+
+
+def test_no_stop_string_ends_a_request_before_the_least(engine, alone, rng):
+    """Not even one that is complete by then, and stays in the text."""
+    served = engine()
+    prompt = rng.integers(0, TINY.vocab_size, 7).tolist()
+    want = alone(prompt)
+    text = lambda ids: " ".join(map(str, ids)) + " "
+    [one] = served.generate([prompt], GenerationParams(20, stop_strings=[text(want[2:4])], min_new_tokens=4))
+    late = [
+        n for n in range(5, 21) if text(want[2:4]) in text(want[:n])[len(text(want[:4])) - len(text(want[2:4])) + 1 :]
+    ]
+    assert one.ids == want[: late[0] if late else 20]
+    [one] = served.generate([prompt], GenerationParams(20, stop_strings=[text(want[8:10])], min_new_tokens=6))
+    assert one.ids == want[:10]
+    at_rest(served)
+
+
+def test_statistics_count_the_tokens_that_were_told(engine, alone, rng):
+    served = engine()
+    prompt = rng.integers(0, TINY.vocab_size, 7).tolist()
+    before = served.stats().tokens
+    string = " ".join(map(str, alone(prompt)[:2])) + " "
+    [one] = served.generate([prompt], GenerationParams(20, stop_strings=[string]))
+    assert len(one.ids) == 2
+    assert at_rest(served).tokens - before == 2
+
+
+def test_what_detokenize_raises_ends_its_request_alone(engine, alone, monkeypatch, rng):
+    """Others lose no token, and no page is lost, whenever it comes: also where others end in the same loop."""
+    served, text = engine(), engine().detokenize
+    for calls in (1, 2, 3):
+        left = iter(range(calls - 1, -1, -1))
+
+        def fail(ids, left=left):
+            if next(left, 1) == 0:
+                raise RuntimeError("no such token")
+            return text(ids)
+
+        monkeypatch.setattr(served, "detokenize", fail)
+        prompts = [rng.integers(0, TINY.vocab_size, 9).tolist() for _ in range(4)]
+        lengths = (12, 3, 20, 6)
+        numbers = [
+            served.add_request(prompt, GenerationParams(new, stop_strings=["zz"] if new == 12 else ()))
+            for prompt, new in zip(prompts, lengths, strict=True)
+        ]
+        got, raised = {}, 0
+        while served.busy:
+            try:
+                collect(served, served.step(), got)
+            except RuntimeError:
+                raised += 1
+        assert raised == 1
+        for number, prompt, new in list(zip(numbers, prompts, lengths, strict=True))[1:]:
+            assert got[number, 0] == alone(prompt)[:new]
+        at_rest(served)
+        assert served._live == {}
+
+
+def test_generate_ends_when_its_requests_are_cancelled(engine, alone, rng):
+    served = engine()
+    prompts = [rng.integers(0, TINY.vocab_size, n).tolist() for n in (5, 8)]
+    first = served._next_id
+
+    def progress(done, total):
+        if first in served._live:
+            served.cancel(first)
+
+    gone, other = served.generate(prompts, GenerationParams(30), progress)
+    assert gone.reason == "cancelled"
+    assert gone.ids == alone(prompts[0])[: len(gone.ids)]
+    assert other.ids == alone(prompts[1])[:30]
+    at_rest(served)
+
+
+def test_an_interrupt_comes_between_steps(engine, alone, monkeypatch, rng):
+    """Wherever it strikes: every other request gets its tokens, and no page is lost."""
+    served, strike = engine(), random.Random(int(rng.integers(2**31)))
+    prompts = [rng.integers(0, TINY.vocab_size, n).tolist() for n in (5, 30, 12)]
+    served.generate(prompts, GenerationParams(24, num_samples=2))
+    monkeypatch.setattr(signal, "SIGINT", signal.SIGALRM)
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    try:
+        for _ in range(20):
+            number = served.add_request(prompts[0], GenerationParams(24))
+            signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.02 * strike.random())
+            got = {}
+            try:
+                served.generate(prompts, GenerationParams(24, num_samples=2))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            collect(served, served.drain(), got)
+            while served.busy:
+                collect(served, served.step(), got)
+            assert got == {(number, 0): alone(prompts[0])[:24]}
+            at_rest(served)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert interrupted > 0
+    assert served._live == {}
+
+
+def test_an_interrupt_waits_for_the_end_of_a_block_and_a_second_does_not():
+    done = []
+
+    def until_the_end():
+        with postponed():
+            signal.raise_signal(signal.SIGINT)
+            done.append("whole")
+
+    def until_let_in():
+        with postponed() as let_in:
+            signal.raise_signal(signal.SIGINT)
+            let_in()
+            done.append("never")
+
+    def impatient():
+        with postponed(), postponed():
+            for _ in range(4):
+                signal.raise_signal(signal.SIGINT)
+            done.append("never")
+
+    for run in (until_the_end, until_let_in, impatient):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert done == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_step_that_fails_halfway_is_the_last(tiny):
+    """And what failed is the cause of what is raised afterwards."""
+    served = Engine(*tiny, EngineConfig(**SIZES | dict(implementation="mosaic_gpu")))
+    with pytest.raises(Exception, match="mosaic_gpu") as first:
+        served.generate([[1, 2]], GenerationParams(3))
+    for call in (served.step, served.drain, lambda: served.add_request([1])):
+        with pytest.raises(BrokenEngineError, match="make another engine") as later:
+            call()
+        assert later.value.__cause__ is first.value
+
+
+def test_what_was_checked_is_what_runs(engine, alone, rng):
+    """Params that are changed behind an engine's back, and texts that can be gone through once."""
+    served = engine()
+    prompt = rng.integers(0, TINY.vocab_size, 9).tolist()
+    biases, stops, got = {5: 100.0}, [96], {}
+    number = served.add_request(prompt, GenerationParams(4, logit_bias=biases, stop_ids=stops))
+    biases[6] = 200.0
+    stops += range(60, 80)
+    while served.busy:
+        collect(served, served.step(), got)
+    assert got[number, 0] == [5] * 4
+    want = alone(prompt)
+    string = f" {want[3]} "
+    once, twice = (
+        served.generate([prompt], GenerationParams(20, stop_strings=strings, num_samples=2))
+        for strings in ((x for x in [string]), [string])
+    )
+    assert once == twice
+    assert {one.reason for one in once} == {"stop"}
     at_rest(served)
 
 
@@ -427,10 +653,30 @@ def test_generate_leaves_the_updates_of_others_to_step(engine, alone, rng):
         (dict(sampling=Sampling(top_p=0.0)), "top_p"),
         (dict(sampling=Sampling(min_p=1.5)), "min_p"),
         (dict(sampling=0.7), "sampling"),
+        (dict(sampling=Sampling(None)), "temperature"),
+        (dict(sampling=Sampling("0.7")), "temperature"),
+        (dict(sampling=Sampling(np.ones(1))), "temperature"),
+        (dict(sampling=Sampling(1e-50)), "temperature"),
+        (dict(sampling=Sampling(top_k=None)), "top_k"),
+        (dict(sampling=Sampling(top_k=float("inf"))), "top_k"),
+        (dict(sampling=Sampling(top_k=2.7)), "top_k"),
+        (dict(sampling=Sampling(top_p=1e-50)), "top_p"),
+        (dict(sampling=Sampling(seed=None)), "seed"),
+        (dict(sampling=Sampling(seed=1.9)), "seed"),
         (dict(stop_ids=[1.5]), "stop_ids"),
         (dict(stop_ids=range(9)), "stop_ids"),
         (dict(stop_strings="end"), "stop_strings"),
         (dict(stop_strings=[""]), "stop_strings"),
+        (dict(stop_strings=None), "stop_strings"),
+        (dict(stop_strings=5), "stop_strings"),
+        (dict(stop_ids=[[1], [2, 3]]), "stop_ids"),
+        (dict(stop_ids=[97]), "stop_ids"),
+        (dict(logit_bias=None), "logit_bias"),
+        (dict(logit_bias=[1, 2]), "logit_bias"),
+        (dict(logit_bias={97: 1.0}), "logit_bias"),
+        (dict(logit_bias={1: 1e39}), "logit_bias"),
+        (dict(repetition_penalty=1e-50), "repetition_penalty"),
+        (dict(presence_penalty=1e39), "presence_penalty"),
         (dict(logit_bias={-1: 1.0}), "logit_bias"),
         (dict(logit_bias={1: float("nan")}), "logit_bias"),
         (dict(logit_bias=dict.fromkeys(range(17), 1.0)), "logit_bias"),
@@ -451,10 +697,25 @@ def test_a_bad_value_is_named_and_nothing_runs(engine, change, name):
     assert served.stats().waiting == 0
 
 
-@pytest.mark.parametrize("prompt", [[], [-1], [1.5], [[1]], [2**31], "text"], ids=str)
+@pytest.mark.parametrize("prompt", [[], [-1], [1.5], [[1]], [2**31], [97], [[1], [2, 3]], "text", None], ids=str)
 def test_what_is_no_prompt_is_refused(engine, prompt):
     with pytest.raises(ValueError, match=r"^prompt: got"):
         engine().add_request(prompt)
+
+
+def test_what_is_no_request_is_refused(engine):
+    served = engine()
+    served.add_request([1], GenerationParams(3))
+    for params in ({}, dict(max_new_tokens=3), Sampling()):
+        with pytest.raises(InvalidParamsError, match=r"^params: got .* a GenerationParams or None"):
+            served.add_request([1], params)
+    for number in ([1], 0.0, True, "1"):
+        with pytest.raises(ValueError, match=r"^number: got .* an id that add_request gave"):
+            served.cancel(number)
+    for prompts in (None, 5, "text", iter([[1]])):
+        with pytest.raises(ValueError, match=r"^prompts: got"):
+            served.generate(prompts)
+    at_rest(served)
 
 
 def test_stop_strings_need_a_way_to_make_text(tiny):
@@ -467,7 +728,7 @@ def test_stop_strings_need_a_way_to_make_text(tiny):
     "change",
     [
         dict(max_seqs=0), dict(num_pages=0), dict(memory_fraction=0.0), dict(preemption="hope"), dict(draft_tokens=-1),
-        dict(decode_steps=1.5), dict(patience=0), dict(max_logprobs=-1),
+        dict(decode_steps=1.5), dict(patience=0), dict(max_logprobs=-1), dict(max_logprobs=98), dict(prefix_cache="no"),
     ],
     ids=str,
 )  # fmt: skip
@@ -476,8 +737,14 @@ def test_a_bad_config_is_named(tiny, change):
         Engine(*tiny, EngineConfig(**SIZES | change))
 
 
+def test_a_config_is_no_dict(tiny):
+    with pytest.raises(ValueError, match=r"^config: got .* an EngineConfig"):
+        Engine(*tiny, SIZES)
+
+
 def test_a_model_tells_what_it_keeps(tiny):
     layout = memory.layout(*tiny)
+    assert layout.vocabulary == TINY.vocab_size
     assert (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype) == (2, 2, 16, jnp.float32)
     assert layout.window is None
     assert layout.page_bytes(4, jnp.float32) == 2 * 2 * 4 * 2 * 16 * 4
@@ -572,12 +839,110 @@ def test_streams_hear_of_a_failure(engine, monkeypatch):
     at_rest(served)
 
 
+def test_all_streams_hear_the_same_failure(engine, monkeypatch):
+    """Also those that come to it after the first has left, and nothing is left of any."""
+    served, step, failures = engine(), engine().step, iter([RuntimeError("no such token")])
+
+    def fail_once():
+        for error in failures:
+            raise error
+        return step()
+
+    async def read(prompt):
+        return [update async for update in served.stream(prompt, GenerationParams(max_new_tokens=30))]
+
+    async def all_of_them():
+        return await asyncio.gather(*(read([i] * 9) for i in range(3)), return_exceptions=True)
+
+    monkeypatch.setattr(served, "step", fail_once)
+    assert [str(error) for error in asyncio.run(all_of_them())] == ["no such token"] * 3
+    monkeypatch.undo()
+    at_rest(served)
+    assert served._live == {}
+
+
+def test_a_stream_may_be_left_after_its_request_has_ended(engine):
+    served = engine()
+
+    async def leave_late():
+        stream = served.stream([1, 2, 3], GenerationParams(max_new_tokens=20))
+        async for _ in stream:
+            while served._live:
+                await asyncio.sleep(0.01)
+            break
+        await stream.aclose()
+
+    asyncio.run(leave_late())
+    at_rest(served)
+
+
+def test_no_step_goes_on_beside_another_when_streams_are_cancelled(engine, monkeypatch):
+    """At the end of an event loop, which cancels the task that waits for a step, but not the thread that takes it."""
+    served, inside = engine(), []
+
+    def alone(name):
+        call = getattr(served, name)
+
+        def guarded(*args):
+            assert not inside
+            inside.append(name)
+            time.sleep(0.02)
+            try:
+                return call(*args)
+            finally:
+                inside.pop()
+
+        return guarded
+
+    for name in ("step", "cancel"):
+        monkeypatch.setattr(served, name, alone(name))
+    failures = []
+
+    async def read(number):
+        try:
+            async for _ in served.stream([number] * 5, GenerationParams(max_new_tokens=60)):
+                pass
+        except AssertionError as error:
+            failures.append(error)
+            raise
+
+    async def leave(seconds):
+        tasks = [asyncio.create_task(read(i)) for i in range(4)]
+        await asyncio.sleep(seconds)
+        assert not any(task.done() for task in tasks)
+
+    for seconds in (0.03, 0.05, 0.06):
+        asyncio.run(leave(seconds))
+        assert not inside
+        assert not failures
+        assert served._live == {}
+        at_rest(served)
+
+
 def test_compressed_pages_serve_too(tiny, rng):
     served = Engine(*tiny, EngineConfig(**SIZES | dict(kv_dtype="int8")))
     done = served.generate([rng.integers(0, TINY.vocab_size, 9).tolist()] * 3, GenerationParams(max_new_tokens=8))
     assert {len(one.ids) for one in done} == {8}
     assert served._slots.kv.layers[0].k.dtype == jnp.int8
     at_rest(served)
+
+
+def test_an_engine_works_where_floats_have_64_bits(tiny, alone, rng):
+    """With every rule at once; what it works with has 32 all the same."""
+    prompt = rng.integers(0, TINY.vocab_size, 9).tolist()
+    rich = GenerationParams(
+        max_new_tokens=5, sampling=Sampling(0.8, 5, 0.9, 3, 0.01), min_new_tokens=2, stop_ids=[4], logprobs=1,
+        repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={3: 1.0},
+    )  # fmt: skip
+    want = alone(prompt)[:5]
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            served = Engine(*tiny, EngineConfig(**SIZES | dict(max_logprobs=1)))
+            plain, _ = served.generate([prompt, prompt], [GenerationParams(5), rich])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert plain.ids == want
 
 
 def test_a_windowed_model_gives_back_what_is_behind(tiny, rng):
@@ -592,14 +957,25 @@ def test_a_windowed_model_gives_back_what_is_behind(tiny, rng):
     at_rest(served)
 
 
+def test_guesses_do_not_push_what_a_window_sees_out_of_the_pages(tiny, rng):
+    """A text that repeats itself is guessed, and guesses that are wrong are taken back."""
+    model, params = Windowed(tiny[0]), tiny[1]
+    config = EngineConfig(**SIZES)
+    prompts = [rng.integers(0, TINY.vocab_size, 6).tolist() * 3 for _ in range(12)]
+    plain, guessing = (Engine(model, params, replace(config, draft_tokens=n, ngram=1)) for n in (0, 5))
+    how = GenerationParams(max_new_tokens=40)
+    assert guessing.generate(prompts, how) == plain.generate(prompts, how)
+    at_rest(guessing)
+
+
 class Windowed:
     """A model whose layers all have a window."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, window=8):
+        self.model, self.window = model, window
 
     def __call__(self, params, tokens, positions, kv):
-        hidden, kv = self.model(params, tokens, positions, _WindowedKV(kv))
+        hidden, kv = self.model(params, tokens, positions, _WindowedKV(kv, self.window))
         return hidden, kv.kv
 
     def logits(self, params, hidden):
@@ -607,12 +983,12 @@ class Windowed:
 
 
 class _WindowedKV:
-    def __init__(self, kv):
-        self.kv = kv
+    def __init__(self, kv, window):
+        self.kv, self.window = kv, window
 
     def attend(self, layer, q, k, v, **options):
-        out, kv = self.kv.attend(layer, q, k, v, window=8, **options)
-        return out, _WindowedKV(kv)
+        out, kv = self.kv.attend(layer, q, k, v, window=self.window, **options)
+        return out, _WindowedKV(kv, self.window)
 
 
 def test_names_are_public():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from paxattn import PagedKV, Sampling, Uncached, generate, stream, warmup
+from paxattn import PagedKV, Sampling, Uncached, generate, prefill, stream, warmup
 from paxattn.engine.generate import bucket
 from paxattn.engine.sampling import sample
 
@@ -118,7 +118,22 @@ def test_buckets_are_at_least_sixteen_and_waste_little_more_than_a_quarter():
         (dict(prompts=[[1], []]), r"prompts\[1\]"),
         (dict(prompts=[[1]] * 3), "prompts"),
         (dict(prompts=[[1] * 60]), r"prompts\[0\]"),
+        (dict(prompts=None), "prompts"),
+        (dict(prompts="text"), "prompts"),
+        (dict(prompts=iter([[1]])), "prompts"),
+        (dict(prompts=[1, 2]), r"prompts\[0\]"),
+        (dict(prompts=[[1], [1.5]]), r"prompts\[1\]"),
+        (dict(prompts=[["1"]]), r"prompts\[0\]"),
+        (dict(prompts=["text"]), r"prompts\[0\]"),
+        (dict(prompts=[[True, False]]), r"prompts\[0\]"),
+        (dict(prompts=[[-1]]), r"prompts\[0\]"),
+        (dict(prompts=[[2**31]]), r"prompts\[0\]"),
+        (dict(prompts=[[[1], [2, 3]]]), r"prompts\[0\]"),
+        (dict(sampling=0.7), "sampling"),
         (dict(sampling=Sampling(temperature=-1.0)), "temperature"),
+        (dict(sampling=Sampling(temperature="0.7")), "temperature"),
+        (dict(sampling=Sampling(top_k=2.7)), "top_k"),
+        (dict(sampling=Sampling(seed=None)), "seed"),
         (dict(sampling=Sampling(top_p=0.0)), "top_p"),
         (dict(sampling=Sampling(top_p=1.5)), "top_p"),
         (dict(sampling=Sampling(top_k=-1)), "top_k"),
@@ -138,6 +153,36 @@ def test_a_bad_argument_is_named_before_the_store_is_touched(tiny, change, name)
         with pytest.raises(ValueError, match=rf"^{name}: got"):
             run(model, params, store, **options)
     generate(model, params, store, [[1, 2]], max_new_tokens=1)
+
+
+def test_only_an_empty_store_is_taken(tiny):
+    model, params = tiny
+    create = lambda: PagedKV.create(2, 2, 16, max_seqs=2, max_len=64, page_size=8, dtype=jnp.float32)
+    under_way, _ = create().extend(jnp.asarray([3, 0], jnp.int32), num_tokens=3)
+    state = prefill(model, params, create(), [[1, 2]], max_new_tokens=2)
+    consumed = create()
+    consumed.lens.delete()  # as donation does, but on a CPU
+    stores = {
+        "a store with a step under way": under_way,
+        "a store whose rows hold tokens": state.kv,
+        "a store that was consumed": consumed,
+        "an object of .*Uncached": Uncached(jnp.zeros(3, jnp.int32)),
+        "an object of .*type": PagedKV,
+    }
+    for run in (generate, stream, prefill):
+        for got, store in stores.items():
+            with pytest.raises(ValueError, match=f"^kv: got {got}"):
+                run(model, params, store, [[1, 2]], max_new_tokens=3)
+
+
+def test_integers_of_numpy_are_integers(tiny):
+    model, params = tiny
+    prompts, count = np.asarray([[1, 2], [3, 4]]), np.int64(3)
+    ids = []
+    for given in (prompts, prompts.tolist()):
+        store = PagedKV.create(2, 2, 16, max_seqs=2, max_len=64, page_size=8, dtype=jnp.float32)
+        ids.append([one.ids for one in generate(model, params, store, given, max_new_tokens=count)])
+    assert ids[0] == ids[1]
 
 
 def test_what_is_checked_already_stays_as_it_is():

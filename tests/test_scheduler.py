@@ -1,6 +1,7 @@
 """The scheduler against a device that is a few lines of Python: every request ends, in order, and no page is lost."""
 
 import random
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -307,3 +308,36 @@ def test_pages_that_others_run_on_are_not_free_when_a_row_gives_way():
     assert gone is younger
     assert scheduler.num_free == 1
     assert scheduler.running == {older.row: older}
+
+
+def test_to_cancel_many_takes_time_in_proportion():
+    """Those that wait are not gone through for each, whatever their order, and none is kept."""
+    scheduler = Scheduler(num_pages=5, page_size=P, max_seqs=1, max_len=40)
+    group = [Request([0], 1, priority=i % 3) for i in range(20_000)]
+    for one in group:
+        scheduler.add(one)
+    start = time.perf_counter()
+    for one in group[:-1]:
+        scheduler.cancel(one)
+    assert time.perf_counter() - start < 2
+    assert scheduler.waiting == {group[-1]}
+    assert [request for request, _ in scheduler.plan(0, 1).admitted] == [group[-1]]
+    assert not scheduler.waiting
+    assert len(scheduler._queue) < 100
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_pages_behind_a_window_are_not_free_once_more_when_a_row_gives_way(window):
+    """Of 18 tokens in five pages, the last 6 see 5 before them: three pages went back before."""
+    scheduler = Scheduler(num_pages=8, page_size=P, max_seqs=2, max_len=40, window=window)
+    older, younger = (Request([i] * 3, 30) for i in range(2))
+    for one in (older, younger):
+        scheduler.add(one)
+    scheduler.plan(0, 1)
+    scheduler.report(0)
+    for one in (older, younger):
+        one.output, one.stored = [1] * 14, 16
+    younger.output, younger.stored = [1] * 16, 18
+    [(gone, _)] = scheduler.plan(0, 1).preempted
+    assert gone is younger
+    assert scheduler.num_free == (5 if window is None else 2)

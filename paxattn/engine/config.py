@@ -61,6 +61,7 @@ class EngineConfig:
             checks.check_positive_int("num_pages", self.num_pages)
         fraction = checks.static_float("memory_fraction", self.memory_fraction)
         checks.require(0 < fraction <= 1, "memory_fraction", fraction, "above 0 and at most 1")
+        checks.check_bool("prefix_cache", self.prefix_cache)
         known = self.preemption in ("recompute", "swap")
         checks.require(known, "preemption", repr(self.preemption), "'recompute' or 'swap'")
 

@@ -9,10 +9,11 @@ import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,10 @@ from jax.stages import Compiled
 from paxattn import checks
 from paxattn.engine import edits, memory, programs
 from paxattn.engine.config import EngineConfig
-from paxattn.engine.generate import Generation, Model
+from paxattn.engine.generate import Generation, Model, check_prompts
+from paxattn.engine.interrupts import postponed
 from paxattn.engine.meter import Meter
-from paxattn.engine.params import GenerationParams, check_prompt
+from paxattn.engine.params import GenerationParams, InvalidParamsError, Limits, check_prompt
 from paxattn.engine.records import Job, Stats, TokenLogprob, Update, tell
 from paxattn.engine.scheduler import Plan, Request, Scheduler
 from paxattn.engine.slots import REASONS, RUNNING, News, Shape, Slots, run
@@ -44,6 +46,15 @@ class _Flight:
     steps: int
     fed: int
     start: float
+
+
+class _Drawn(NamedTuple):
+    """What a loop drew for a request, and why it ended there; its row is settled, and nobody has been told."""
+
+    request: Request
+    ids: list[int]
+    reason: str | None
+    logprobs: list[TokenLogprob] | None
 
 
 class Engine:
@@ -66,18 +77,21 @@ class Engine:
         *,
         detokenize: Callable[[list[int]], str] | None = None,
     ):
-        config = config or EngineConfig()
+        config = EngineConfig() if config is None else config
+        checks.require(isinstance(config, EngineConfig), "config", repr(config), "an EngineConfig or None")
         config.check()
         layout = memory.layout(model, params)
+        told, most = config.max_logprobs, layout.vocabulary
+        checks.require(told <= most, "max_logprobs", told, f"at most the {most} tokens of the vocabulary")
         if layout.window is not None:
             config = replace(config, prefix_cache=False)
         self.model, self.params, self.config, self.detokenize = model, params, config, detokenize
         self._layout = layout
+        texts = detokenize is not None
+        self._limits = Limits(layout.vocabulary, config.max_stop_ids, config.max_logit_bias, config.max_logprobs, texts)
         self._room = edits.Room.of(config.max_seqs, config.max_len)
         self.num_pages = self._num_pages()
-        # Bound to its device from the start, as what comes back from a swap is: jit tells the two kinds apart.
-        device = next(iter(jax.tree.leaves(params)[0].devices()))
-        self._slots = jax.device_put(self._create(self.num_pages), device)
+        self._slots = self._new_slots()
         index = PrefixIndex(config.page_size) if config.prefix_cache else None
         self._programs: dict[Hashable, Compiled] = {}
         self._scheduler = Scheduler(
@@ -88,19 +102,23 @@ class Engine:
             index=index,
             patience=config.patience,
             reserve=self.num_pages // 100,
+            window=layout.window,
         )
         self._flights: deque[_Flight] = deque()
         self._live: dict[int, list[Request]] = {}
+        self._untold: deque[_Drawn] = deque()
         self._unclaimed: list[Update] = []
         self._next_id = 0
         self._settle = False
         self._pump: Any = None
         self._meter = Meter(self.num_pages)
+        self._tokens = 0
+        self._failure: BaseException | None = None
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.busy or bool(self._flights) or bool(self._unclaimed)
+        return self._scheduler.busy or bool(self._flights or self._untold or self._unclaimed)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile everything that any request may need, and run it once; nothing is compiled afterwards.
@@ -108,14 +126,13 @@ class Engine:
         Args:
           progress: called with how many programs are ready, of how many.
         """
-        self._programs |= programs.compile_all(self._lowered(), progress, len(self._trees()))
-        self._rehearse()
+        self._take_over(programs.compile_all(self._lowered(), progress, len(self._trees())))
 
     def export(self, path: str | os.PathLike) -> None:
         """Write what `warmup` has compiled to a file, from which `restore` takes it instead.
 
         Raises:
-          ValueError: there was no `warmup`.
+          ValueError: there was no `warmup`, or its programs cannot be written any more; the message says what to do.
         """
         checks.require(bool(self._programs), "export", "an engine without programs", "one after warmup")
         programs.save(Path(path), self._facts(), self._programs)
@@ -124,13 +141,17 @@ class Engine:
         """Instead of `warmup`: take the programs that the same engine has exported on such a device.
 
         Nothing is traced. What swapping takes is compiled all the same. Like any program, the file can do what it
-        likes with this process: take none from strangers.
+        likes with this process: take none from strangers. Where they do not run, the engine is as it was before, but
+        for the prefixes it knew.
 
         Raises:
-          ValueError: they are programs of another model, config, device or version; the message says which.
+          ValueError: they are programs of another model, config, device or version, or damaged, or the engine is busy;
+            the message says which.
         """
-        self._programs |= programs.load(Path(path), self._facts(), self._trees())
-        self._rehearse()
+        checks.require(not self.busy, "restore", "an engine with steps to take", "one that is not busy")
+        loaded = programs.load(Path(path), self._facts(), self._trees())
+        with programs.readable(Path(path)):
+            self._take_over(loaded)
 
     def add_request(self, prompt: Sequence[int], params: GenerationParams | None = None) -> int:
         """Let a prompt wait for its turn; its id, for `cancel` and in what `step` tells.
@@ -140,30 +161,38 @@ class Engine:
           InvalidParamsError: a value of params is out of range.
           ValueError: prompt is not a sequence of token ids.
         """
-        params = params or GenerationParams()
-        ids = check_prompt(prompt)
-        params.check(self._slots.rules, self.config.max_logprobs, self.detokenize is not None)
+        self._check_whole()
+        samples = self._samples(prompt, GenerationParams() if params is None else params)
+        # What is shorter than a page shares none.
+        if len(samples[0].prompt) > self.config.page_size:
+            samples[0].twins = samples[1:]
+        else:
+            self._scheduler.check(samples[0])
         number = self._next_id
-        samples = [
+        with postponed():
+            for one in samples[: 1 if samples[0].twins else None]:
+                self._scheduler.add(one)
+            self._next_id += 1
+            self._live[number] = samples
+        return number
+
+    def _samples(self, prompt: Sequence[int], params: GenerationParams) -> list[Request]:
+        if not isinstance(params, GenerationParams):
+            raise InvalidParamsError(f"params: got {params!r}, must be a GenerationParams or None")
+        ids = check_prompt(prompt, self._limits.vocabulary)
+        # From here on what was checked is what runs, whatever the caller does with what was given.
+        params = params.checked(self._limits)
+        rules = params.rules(self._slots.rules, len(ids))
+        return [
             Request(
                 prompt=ids,
                 max_new_tokens=params.max_new_tokens,
                 priority=params.priority,
                 salt=params.salt,
-                options=Job(number, index, params),
+                options=Job(self._next_id, index, params, rules),
             )
             for index in range(params.num_samples)
         ]
-        # What is shorter than a page shares none.
-        if len(ids) > self.config.page_size:
-            samples[0].twins = samples[1:]
-        else:
-            self._scheduler.check(samples[0])
-        for one in samples[: 1 if samples[0].twins else None]:
-            self._scheduler.add(one)
-        self._next_id += 1
-        self._live[number] = samples
-        return number
 
     def cancel(self, number: int) -> None:
         """End a request; its pages go back before the next loop. Nothing more is told of it.
@@ -171,23 +200,38 @@ class Engine:
         Raises:
           UnknownRequestError: there is none of that id, or it has ended.
         """
+        checks.require(checks.is_int(number), "number", repr(number), "an id that add_request gave")
         if number not in self._live:
             raise UnknownRequestError(f"number: got {number!r}, must be the id of a request that has not ended")
-        for one in self._live.pop(number):
-            if one.ended is None:
-                self._scheduler.cancel(one)
-        self._unclaimed = [update for update in self._unclaimed if update.id != number]
+        with postponed():
+            for one in self._live.pop(number):
+                if one.ended is None:
+                    self._scheduler.cancel(one)
+                    one.options.reason = "cancelled"
+            self._untold = deque(drawn for drawn in self._untold if drawn.request.options.id != number)
+            self._unclaimed = [update for update in self._unclaimed if update.id != number]
 
     def step(self) -> list[Update]:
-        """Enqueue the next loop, and tell what the one before has drawn: an Update for each sample that got tokens."""
-        updates, self._unclaimed = self._unclaimed, []
-        if self._settle:
-            updates += self._collect(0)
-            self._settle = False
-        if self._scheduler.busy:
-            self._launch()
-            return updates + self._collect(1)
-        return updates + self._collect(0)
+        """Enqueue the next loop, and tell what the one before has drawn: an Update for each sample that got tokens.
+
+        What `detokenize` raises comes out here, and ends the request that it was called for; others go on.
+
+        Raises:
+          BrokenEngineError: an earlier step has failed.
+        """
+        with postponed():
+            if self._settle:
+                with self._whole():
+                    self._collect(0)
+                    self._settle = False
+                self._tell()
+            with self._whole():
+                more = self._scheduler.busy
+                if more:
+                    self._launch()
+                self._collect(int(more))
+            self._tell()
+        return self._claim()
 
     def generate(
         self,
@@ -203,33 +247,46 @@ class Engine:
           progress: called with how many samples are done, of how many.
 
         Returns:
-          A Generation for each sample; those of one prompt after each other.
+          A Generation for each sample; those of one prompt after each other. The reason of those that `progress` has
+          cancelled is "cancelled".
 
         Raises:
           ValueError: see add_request; nothing runs then.
         """
+        check_prompts(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         checks.require(len(each) == len(prompts), "params", f"{len(each)} of them", f"one, or {len(prompts)}")
+        with postponed() as let_interrupt_in:
+            jobs = self._run_through(prompts, each, progress, let_interrupt_in)
+        return [Generation(job.ids, job.reason, job.logprobs) for job in jobs]
+
+    def _run_through(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[GenerationParams | None],
+        progress: Callable[[int, int], None] | None,
+        between: Callable[[], None],
+    ) -> list[Job]:
+        """The samples of all prompts, each ended; `between` is called after each step."""
         numbers: list[int] = []
         jobs: list[Job] = []
         others: list[Update] = []
         try:
-            for prompt, one in zip(prompts, each, strict=True):
+            for prompt, one in zip(prompts, params, strict=True):
                 numbers.append(self.add_request(prompt, one))
                 jobs += [request.options for request in self._live[numbers[-1]]]
-            mine, done = set(numbers), 0
-            while done < len(jobs):
-                for update in self.step():
-                    others += [] if update.id in mine else [update]
-                    done += update.id in mine and update.reason is not None
+            mine = set(numbers)
+            while not mine.isdisjoint(self._live):
+                others += [update for update in self.step() if update.id not in mine]
                 if progress is not None:
-                    progress(done, len(jobs))
+                    progress(sum(job.reason != "running" for job in jobs), len(jobs))
+                between()
         finally:
             self._unclaimed += others
             for number in numbers:
                 if number in self._live:
                     self.cancel(number)
-        return [Generation(job.ids, job.reason, job.logprobs) for job in jobs]
+        return jobs
 
     def stream(self, prompt: Sequence[int], params: GenerationParams | None = None) -> AsyncGenerator[Update]:
         """Updates of one request as they come, for `async for`; to leave the loop cancels the request.
@@ -245,14 +302,18 @@ class Engine:
 
     def drain(self) -> list[Update]:
         """Wait for what is under way, so that the store is at rest; the Updates that came of it."""
-        updates, self._unclaimed = self._unclaimed, []
-        return updates + self._collect(0)
+        with postponed():
+            with self._whole():
+                self._collect(0)
+            self._tell()
+        return self._claim()
 
     def stats(self) -> Stats:
         """As last told by the device, and since the engine was made."""
         scheduler = self._scheduler
         return replace(
             self._meter.stats,
+            tokens=self._tokens,
             num_cached=scheduler.cached,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -273,8 +334,15 @@ class Engine:
         page_bytes = self._layout.page_bytes(config.page_size, config.kv_dtype or self._layout.dtype)
         return memory.room_for_pages(most, page_bytes, config.memory_fraction, workspace)
 
+    def _new_slots(self) -> Slots:
+        # Bound to its device from the start, as what comes back from a swap is: jit tells the two kinds apart.
+        device = next(iter(jax.tree.leaves(self.params)[0].devices()))
+        return jax.device_put(self._create(self.num_pages), device)
+
     def _create(self, num_pages: int) -> Slots:
         config, layout = self.config, self._layout
+        # Guesses count as stored until they are found wrong, so that pages go back as many tokens too early.
+        window = None if layout.window is None else layout.window + config.draft_tokens
         kv = PagedKV.create(
             layout.num_layers,
             layout.num_kv_heads,
@@ -285,7 +353,7 @@ class Engine:
             num_pages=num_pages,
             dtype=config.kv_dtype or layout.dtype,
             implementation=config.implementation,
-            window=layout.window,
+            window=window,
         )
         return Slots.create(kv, config.max_stop_ids, config.max_logit_bias)
 
@@ -314,11 +382,26 @@ class Engine:
 
     def _facts(self) -> dict[str, str]:
         kinds = jax.tree.map(lambda x: jax.typeof(x).str_short(), self.params)
-        return programs.facts(config=self.config, num_pages=self.num_pages, model=self.model, params=kinds)
+        model = f"{type(self.model).__qualname__} {memory.digest(self.model, self.params)}"
+        return programs.facts(config=self.config, num_pages=self.num_pages, model=model, params=kinds)
 
     def _empty_edit(self, size: int) -> edits.Edit:
         [edit] = edits.pack(self._room, self._slots, [], [], [])
         return replace(edit, tokens=np.zeros(size, np.int32))
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What must run to its end: whatever stops it is told ever after."""
+        self._check_whole()
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _check_whole(self) -> None:
+        if self._failure is not None:
+            raise BrokenEngineError("engine: a step has failed halfway, make another engine") from self._failure
 
     def _launch(self) -> None:
         width = self.config.shapes[0].width
@@ -380,8 +463,7 @@ class Engine:
         request.swapped = None
 
     def _admission(self, request: Request, pages: tuple[int, ...]) -> edits.Admission:
-        job = request.options
-        rules = job.params.rules(self._slots.rules, job.index, len(request.prompt))
+        rules = replace(request.options.rules, stream=request.options.index)
         order = max(-(2**31), min(2**31 - 1, request.key[0]))
         return edits.Admission(_row(request), request.tokens, pages, order, bool(request.twins), rules)
 
@@ -395,9 +477,8 @@ class Engine:
             src[i], dst[i], streams[i] = _row(one), _row(twin), twin.options.index
         return wakes, src, dst, streams
 
-    def _collect(self, keep: int) -> list[Update]:
+    def _collect(self, keep: int) -> None:
         """Look at the loops under way, oldest first, until only `keep` are left."""
-        updates: list[Update] = []
         while len(self._flights) > keep:
             flight = self._flights.popleft()
             waited = not flight.news.steps.is_ready()
@@ -405,14 +486,13 @@ class Engine:
             self._meter.land(flight.start, waited, news)
             self._scheduler.report(int(news.num_free))
             self._settle = bool(news.stalled)
-            updates += self._digest(flight, news)
+            self._digest(flight, news)
         # Pages that are yet to be let go keep nobody waiting.
         if not (self._flights or self._scheduler.running or self._scheduler.waiting):
             self._meter.rest()
-        return updates
 
-    def _digest(self, flight: _Flight, news: News) -> list[Update]:
-        updates = []
+    def _digest(self, flight: _Flight, news: News) -> None:
+        """Bring all rows up to date, before anybody is told: `detokenize` may raise."""
         drawn = news.tokens[: news.steps].swapaxes(0, 1).reshape(self.config.max_seqs, -1)
         for row, request in flight.rows.items():
             if request.row != row or request.ended is not None:
@@ -421,20 +501,40 @@ class Engine:
             ids = [token for token in drawn[row].tolist() if token >= 0]
             request.output += ids
             request.stored = int(news.lens[row])
-            ended = int(news.state[row]) > RUNNING
             self._offer(request, row, int(news.begun[row]), news)
             self._offer(request, row, int(news.ended[row]), news)
-            reason = REASONS[news.state[row]] if ended else None
-            update = tell(request, ids, reason, self.detokenize, self._logprobs(request, row, news))
-            if ended:
-                self._scheduler.end(request, str(reason))
-            elif update.reason is not None:
-                self._scheduler.cancel(request, update.reason)
+            reason = REASONS[news.state[row]] if news.state[row] > RUNNING else None
+            if reason is not None:
+                self._scheduler.end(request, reason)
+            self._untold.append(_Drawn(request, ids, reason, self._logprobs(request, row, news)))
+
+    def _tell(self) -> None:
+        """Make Updates of what was drawn. One is left aside only where it raises, and ends its request."""
+        while self._untold:
+            request, ids, reason, logprobs = self._untold.popleft()
+            try:
+                update = tell(request, ids, reason, self.detokenize, logprobs)
+            except BaseException:
+                self._end(request, "failed")
+                raise
+            self._tokens += len(update.ids)
             if update.ids or update.reason is not None:
-                updates.append(update)
+                self._unclaimed.append(update)
             if update.reason is not None:
-                self._forget(request)
+                self._end(request, update.reason)
+
+    def _claim(self) -> list[Update]:
+        updates, self._unclaimed = self._unclaimed, []
         return updates
+
+    def _end(self, request: Request, reason: str) -> None:
+        """A request that was told all it gets, whether the device has ended it or goes on with it."""
+        if request.ended is None:
+            self._scheduler.cancel(request, reason)
+        request.options.reason = reason
+        number = request.options.id
+        if all(one.ended is not None for one in self._live.get(number, ())):
+            self._live.pop(number, None)
 
     def _offer(self, request: Request, row: int, count: int, news: News) -> None:
         if count:
@@ -457,23 +557,28 @@ class Engine:
             told.append(TokenLogprob(float(news.logprobs[step, row, place]), best))
         return told
 
-    def _forget(self, request: Request) -> None:
-        number = request.options.id
-        if all(one.ended is not None for one in self._live.get(number, ())):
-            self._live.pop(number, None)
+    def _take_over(self, made: dict[Hashable, Compiled]) -> None:
+        """Use these programs from now on, if they run."""
+        if not self.busy:
+            try:
+                self._rehearse(made)
+            except BaseException:
+                # The pages were given to a program that did not give them back.
+                self._slots = self._new_slots()
+                self._scheduler.forget_prefixes()
+                raise
+        self._programs |= made
 
-    def _rehearse(self) -> None:
+    def _rehearse(self, made: dict[Hashable, Compiled]) -> None:
         """Run every program, of no rows: in its first run a GPU is told of it, which takes as long as many steps.
 
         Where rows may be swapped, swap an empty one of each size out and in, as that compiles what it takes.
         """
-        if self.busy:
-            return
         for shape in self.config.shapes:
-            self._slots, _ = self._programs[shape](self.params, self._slots, np.int32(1), np.int32(0))
+            self._slots, _ = made[shape](self.params, self._slots, np.int32(1), np.int32(0))
         for size in self._room.tokens:
-            self._slots = self._programs[size](self._slots, self._empty_edit(size))
-        self._slots = jax.block_until_ready(self._programs["fork"](self._slots, *self._forks([])))
+            self._slots = made[size](self._slots, self._empty_edit(size))
+        self._slots = jax.block_until_ready(made["fork"](self._slots, *self._forks([])))
         if self.config.preemption != "swap":
             return
         table = self._slots.kv.table
@@ -485,6 +590,10 @@ class Engine:
             kv, _ = swap_in(kv, swapped, 0)
             kv, _ = swap_out(kv, 0)
             self._slots = replace(self._slots, kv=kv)
+
+
+class BrokenEngineError(RuntimeError):
+    """A step has failed halfway, for the reason that is its cause: nobody knows any more who has which pages."""
 
 
 class UnknownRequestError(LookupError):

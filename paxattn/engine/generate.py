@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from paxattn import checks
 from paxattn.engine.sampling import Sampling, sample
+from paxattn.kv.stores import BlockwiseKV, ContiguousKV, PagedKV
 
 RUNNING, STOP, LENGTH, NO_ROOM = np.arange(4, dtype=np.int32)
 REASONS = ("running", "stop", "length", "no_room")
@@ -258,10 +259,12 @@ def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids, num_samples=1):
     """Checked, and as `_prefill` takes them: tokens, q_lens, parents, sampling, stopping."""
     checks.check_positive_int("max_new_tokens", max_new_tokens)
     checks.check_positive_int("num_samples", num_samples)
+    sampling = Sampling() if sampling is None else sampling
+    checks.require(isinstance(sampling, Sampling), "sampling", repr(sampling), "a Sampling or None")
     tokens, q_lens = pack(kv, prompts, max_new_tokens, num_samples)
     rule = stopping(stop_ids, max_new_tokens)
     parents = None if num_samples == 1 else _parents(kv, len(prompts), num_samples)
-    return tokens, q_lens, parents, (sampling or Sampling()).checked(), rule
+    return tokens, q_lens, parents, sampling.checked(), rule
 
 
 def stopping(stop_ids: Sequence[int], max_new_tokens: int) -> Stopping:
@@ -270,10 +273,7 @@ def stopping(stop_ids: Sequence[int], max_new_tokens: int) -> Stopping:
     Raises:
       ValueError: stop_ids are not token ids.
     """
-    ids = np.asarray(stop_ids)
-    whole = ids.ndim == 1 and (ids.size == 0 or np.issubdtype(ids.dtype, np.integer))
-    known = whole and bool(np.all((ids >= 0) & (ids < 2**31)))
-    checks.require(known, "stop_ids", repr(stop_ids), "a sequence of token ids")
+    ids = checks.token_ids("stop_ids", stop_ids)
     padded = np.full(bucket(len(ids)), -1, np.int32)
     padded[: len(ids)] = ids
     return Stopping(jnp.asarray(padded), jnp.int32(max_new_tokens))
@@ -283,8 +283,11 @@ def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_ea
     """Prompts one after the other, i32 [T], and q_lens i32 [R]: prompt i is row i's.
 
     Raises:
-      ValueError: there are none, an empty one, or more than the store has room for.
+      ValueError: there are none, one that is empty or not of token ids, or more than the store has room for; or the
+        store is not an empty one.
     """
+    _check_empty(kv)
+    check_prompts(prompts)
     checks.require(len(prompts) > 0, "prompts", "none", "at least one")
     checks.require(
         len(prompts) * rows_each <= kv.max_seqs,
@@ -292,7 +295,8 @@ def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_ea
         f"{len(prompts)} prompts of {rows_each} rows each",
         f"at most the store's {kv.max_seqs} rows",
     )
-    for i, prompt in enumerate(prompts):
+    ids = [checks.token_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+    for i, prompt in enumerate(ids):
         checks.require(len(prompt) > 0, f"prompts[{i}]", "no tokens", "at least one token long")
         total = len(prompt) + max_new_tokens
         checks.require(
@@ -301,12 +305,29 @@ def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_ea
             f"{len(prompt)} tokens",
             f"short enough that with max_new_tokens={max_new_tokens} it fits the store's {kv.capacity} a row",
         )
-    lens = [len(prompt) for prompt in prompts]
+    lens = [len(prompt) for prompt in ids]
     tokens = np.zeros(bucket(sum(lens)), np.int32)
-    tokens[: sum(lens)] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
+    tokens[: sum(lens)] = np.concatenate(ids)
     q_lens = np.zeros(kv.max_seqs, np.int32)
     q_lens[: len(lens)] = lens
     return jnp.asarray(tokens), jnp.asarray(q_lens)
+
+
+def check_prompts(prompts: Any) -> None:
+    """Raise a ValueError for what is not a sequence; what is in it is checked one by one."""
+    listed = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+    listed = listed or getattr(prompts, "ndim", 0) == 2
+    checks.require(listed, "prompts", type(prompts).__name__, "a sequence of prompts")
+
+
+def _check_empty(kv: Any) -> None:
+    """As far as can be told: lens that are traced are not known."""
+    stores = PagedKV | ContiguousKV | BlockwiseKV
+    checks.require(isinstance(kv, stores), "kv", f"an object of {type(kv)}", "a PagedKV, ContiguousKV or BlockwiseKV")
+    checks.require(kv.batch is None, "kv", "a store with a step under way", "an empty one")
+    if isinstance(kv.lens, Array) and not isinstance(kv.lens, jax.core.Tracer):
+        checks.require(not kv.lens.is_deleted(), "kv", "a store that was consumed", "an empty one")
+        checks.require(not np.any(kv.lens), "kv", "a store whose rows hold tokens", "an empty one")
 
 
 def _parents(kv, num_prompts, num_samples):
@@ -325,6 +346,7 @@ def require_fork(kv: Any, name: str) -> None:
 
 def bucket(n: int) -> int:
     """n rounded up to one of four steps between powers of two, at least 16: at most a quarter is padding."""
+    n = int(n)  # of a NumPy integer, which has no bit_length
     unit = max(16, (1 << max(n - 1, 1).bit_length()) // 8)
     return max(unit, -(-n // unit) * unit)
 

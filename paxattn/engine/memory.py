@@ -1,12 +1,15 @@
-"""What a model keeps, found by tracing it, and how many pages of that a device has room for."""
+"""What a model keeps and computes, found by tracing it, and how many pages of that a device has room for."""
 
+import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from paxattn import checks
@@ -16,13 +19,17 @@ from paxattn.kv.pages import init_pages
 
 @dataclass(frozen=True)
 class Layout:
-    """Layers, KV heads, head dim and dtype of what a model keeps; the largest window, if all layers have one."""
+    """Layers, KV heads, head dim and dtype of what a model keeps; the largest window, if all layers have one.
+
+    And its vocabulary: how many logits it gives.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: Any
     window: int | None
+    vocabulary: int
 
     def page_bytes(self, page_size: int, dtype: Any) -> int:
         pages = jax.eval_shape(lambda: init_pages(1, page_size, self.num_kv_heads, self.head_dim, dtype))
@@ -50,14 +57,43 @@ def layout(model: Model, params: Any) -> Layout:
     """
     probe = _Probe()
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
-    jax.eval_shape(lambda params, tokens: model(params, tokens, tokens, probe)[0], params, token)
+    logits = jax.eval_shape(lambda params, x: model.logits(params, model(params, x, x, probe)[0]), params, token)
     kinds = {(heads, dim, dtype.name) for heads, dim, dtype, _ in probe.seen.values()}
     checks.require(len(kinds) == 1, "model", f"layers of {sorted(kinds)}", "one whose layers keep the same")
     heads, dim, dtype, _ = probe.seen[0]
     lefts = [left for *_, left in probe.seen.values()]
     windows = [left + 1 for left in lefts if left is not None]
     window = max(windows) if len(windows) == len(lefts) else None
-    return Layout(len(probe.seen), heads, dim, dtype, window)
+    return Layout(len(probe.seen), heads, dim, dtype, window, logits.shape[-1])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Record:
+    """A store that notes all that layers attend with, and keeps nothing."""
+
+    attended: list[Any] = field(metadata=dict(static=True))
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, "_Record"]:
+        self.attended.append((layer, q, k, v, options))
+        return jnp.zeros(q.shape, q.dtype), self
+
+
+def digest(model: Model, params: Any) -> str:
+    """Of what a model computes: its trace over two tokens, with its constants. Nothing runs.
+
+    What it is called does not tell: by default that is an address, and a name of its own may leave anything out.
+    """
+
+    def trace(params: Any, tokens: Array) -> tuple[Array, list[Any]]:
+        record = _Record([])
+        hidden, _ = model(params, tokens, tokens, record)
+        return model.logits(params, hidden), record.attended
+
+    told, results = jax.make_jaxpr(trace, return_shape=True)(params, jax.ShapeDtypeStruct((2,), jnp.int32))
+    text = f"{told} {jax.tree.structure(results)}"
+    constants = [np.asarray(x).tobytes() for x in told.consts]
+    return hashlib.sha256(b"".join([re.sub(r" at 0x\w+", "", text).encode(), *constants])).hexdigest()
 
 
 def room_for_pages(most: int, page_bytes: int, fraction: float, workspace: Callable[[], int]) -> int:

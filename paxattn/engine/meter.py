@@ -36,7 +36,6 @@ class Meter:
             num_shared=int(news.num_shared),
             stored=int(news.lens.sum()),
             steps=stats.steps + int(news.steps),
-            tokens=stats.tokens + int((news.tokens >= 0).sum()),
             seconds=stats.seconds + now - max(start, stats.last),
             last=now,
         )

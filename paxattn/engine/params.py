@@ -1,7 +1,7 @@
 """What a request asks for, checked, and as the arrays that the device works with."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ class GenerationParams:
       sampling: greedy by default. Tokens depend on its seed and the request alone, not on what else runs.
       stop_ids: tokens that end a continuation, and are its last.
       stop_strings: texts that end it; its last token completes one. Needs the engine's `detokenize`.
-      min_new_tokens: no stop token is drawn before.
+      min_new_tokens: no stop token is drawn before, and no stop string that is complete by then ends it.
       repetition_penalty: above 1 makes tokens of prompt and output less likely (Keskar et al. 2019).
       presence_penalty, frequency_penalty: taken from the logits of tokens in the output, once and for each time.
       logit_bias: added to the logits of these ids.
@@ -50,43 +50,50 @@ class GenerationParams:
     priority: int = 0
     salt: str | bytes = ""
 
-    def check(self, like: Rules, top: int, texts: bool) -> None:
-        """Raise InvalidParamsError for what is out of range, or for what an engine of these rules has no room."""
+    def checked(self, limits: "Limits") -> "GenerationParams":
+        """A copy that nobody else can change, and whose sequences may be gone through again.
+
+        Raises:
+          InvalidParamsError: a value is out of range, or beyond what the engine has room for.
+        """
         try:
-            self._check(like.stop_ids.shape[1], like.bias_ids.shape[1], top, texts)
+            return self._checked(limits)
         except ValueError as error:
             raise InvalidParamsError(str(error)) from error
 
-    def _check(self, stop_ids: int, biases: int, top: int, texts: bool) -> None:
+    def _checked(self, limits: "Limits") -> "GenerationParams":
         checks.require(isinstance(self.sampling, Sampling), "sampling", repr(self.sampling), "a Sampling")
-        self.sampling.checked_numbers()
         checks.check_positive_int("max_new_tokens", self.max_new_tokens)
         checks.check_positive_int("num_samples", self.num_samples)
         counted = checks.is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens
         checks.require(counted, "min_new_tokens", repr(self.min_new_tokens), "an int from 0 to max_new_tokens")
         checks.require(checks.is_int(self.priority), "priority", repr(self.priority), "an int")
         checks.require(isinstance(self.salt, str | bytes), "salt", repr(self.salt), "a str or bytes")
-        _check_ids("stop_ids", self.stop_ids, stop_ids)
-        _check_ids("logit_bias", tuple(self.logit_bias), biases)
-        for name, value in (("logit_bias", x) for x in self.logit_bias.values()):
-            checks.static_float(name, value)
-        penalty = checks.static_float("repetition_penalty", self.repetition_penalty)
-        checks.require(penalty > 0, "repetition_penalty", penalty, "above 0")
-        checks.static_float("presence_penalty", self.presence_penalty)
-        checks.static_float("frequency_penalty", self.frequency_penalty)
-        told = self.logprobs is None or (checks.is_int(self.logprobs) and 0 <= self.logprobs <= top)
-        checks.require(told, "logprobs", repr(self.logprobs), f"None or an int from 0 to the engine's {top}")
-        strings = not isinstance(self.stop_strings, str) and all(x and isinstance(x, str) for x in self.stop_strings)
-        checks.require(strings, "stop_strings", repr(self.stop_strings), "a sequence of texts that are not empty")
+        told = self.logprobs is None or (checks.is_int(self.logprobs) and 0 <= self.logprobs <= limits.logprobs)
         checks.require(
-            texts or not self.stop_strings, "stop_strings", repr(self.stop_strings), "empty without detokenize"
+            told, "logprobs", repr(self.logprobs), f"None or an int from 0 to the engine's {limits.logprobs}"
+        )
+        repetition, presence, frequency = (
+            checks.static_float32(name, getattr(self, name))
+            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        )
+        checks.require(repetition > 0, "repetition_penalty", repetition, "above 0")
+        return replace(
+            self,
+            sampling=self.sampling.checked_numbers(),
+            stop_ids=_ids("stop_ids", self.stop_ids, limits.vocabulary, limits.stop_ids),
+            stop_strings=_strings(self.stop_strings, limits.texts),
+            logit_bias=_biases(self.logit_bias, limits),
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
         )
 
-    def rules(self, like: Rules, stream: int, prompt: int) -> Rules:
-        """One row's Rules, of numbers, for a prompt of so many tokens."""
+    def rules(self, like: Rules, prompt: int) -> Rules:
+        """One row's Rules, of numbers, for a prompt of so many tokens; its first sample's."""
         return Rules(
             sampling=self.sampling,
-            stream=stream,
+            stream=0,
             prompt=prompt,
             least=prompt + self.min_new_tokens,
             most=prompt + self.max_new_tokens,
@@ -100,25 +107,47 @@ class GenerationParams:
         )
 
 
-def check_prompt(prompt: Any) -> list[int]:
+@dataclass(frozen=True)
+class Limits:
+    """What an engine has room for: ids below `vocabulary`, so many of each, and stop strings, where it makes texts."""
+
+    vocabulary: int
+    stop_ids: int
+    biases: int
+    logprobs: int
+    texts: bool
+
+
+def check_prompt(prompt: Any, vocabulary: int) -> list[int]:
     """As a list of ints.
 
     Raises:
       ValueError: it is not a sequence of token ids, or empty.
     """
-    ids = np.asarray(prompt)
-    whole = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
-    checks.require(
-        whole and bool(np.all((ids >= 0) & (ids < 2**31))), "prompt", repr(prompt)[:80], "token ids, not empty"
-    )
+    ids = checks.token_ids("prompt", prompt, vocabulary)
+    checks.require(ids.size > 0, "prompt", "no tokens", "at least one token long")
     return ids.tolist()
 
 
-def _check_ids(name: str, given: Sequence[int], most: int) -> None:
-    ids = np.asarray(given)
-    whole = ids.ndim == 1 and (ids.size == 0 or np.issubdtype(ids.dtype, np.integer))
-    checks.require(whole and bool(np.all((ids >= 0) & (ids < 2**31))), name, repr(given), "token ids")
+def _ids(name: str, given: Any, below: int, most: int) -> tuple[int, ...]:
+    ids = checks.token_ids(name, given, below)
     checks.require(len(ids) <= most, name, f"{len(ids)} of them", f"at most the {most} that the engine has room for")
+    return tuple(ids.tolist())
+
+
+def _strings(given: Any, texts: bool) -> tuple[str, ...]:
+    must = "a sequence of texts that are not empty"
+    checks.require(isinstance(given, Iterable) and not isinstance(given, str), "stop_strings", repr(given), must)
+    strings = tuple(given)
+    checks.require(all(x and isinstance(x, str) for x in strings), "stop_strings", repr(strings), must)
+    checks.require(texts or not strings, "stop_strings", repr(strings), "empty without detokenize")
+    return strings
+
+
+def _biases(given: Any, limits: Limits) -> dict[int, float]:
+    checks.require(isinstance(given, Mapping), "logit_bias", repr(given), "a mapping of token ids to numbers")
+    ids = _ids("logit_bias", tuple(given), limits.vocabulary, limits.biases)
+    return {i: checks.static_float32("logit_bias", x) for i, x in zip(ids, given.values(), strict=True)}
 
 
 def _padded(values: Sequence[Any], like: jax.Array, fill: int) -> np.ndarray:

@@ -1,9 +1,10 @@
 """What an engine tells: updates of requests and statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from paxattn.engine.params import GenerationParams
+from paxattn.engine.rules import Rules
 from paxattn.engine.scheduler import Request
 
 
@@ -43,7 +44,7 @@ class Stats:
       stored: tokens in pages of running requests; a page that two share holds its tokens twice here.
       running, waiting: requests now; those that gave way wait.
       preempted: how often a request gave way.
-      tokens, steps, seconds: drawn and taken since the engine was made, and the time that loops took.
+      tokens, steps, seconds: told and taken since the engine was made, and the time that loops took.
       host_gap: seconds of these for which the device may have waited for the host.
       last: when the last loop was looked at, by time.perf_counter.
     """
@@ -73,11 +74,12 @@ class Stats:
 
 @dataclass(eq=False)
 class Job:
-    """A sample as the engine's user knows it, and what it has got."""
+    """A sample as the engine's user knows it, what it asks for (with the rules of the first), and what it has got."""
 
     id: int
     index: int
     params: GenerationParams
+    rules: Rules
     ids: list[int] = field(default_factory=list)
     reason: str = "running"
     logprobs: list[TokenLogprob] | None = None
@@ -93,7 +95,7 @@ def tell(
     """Add new tokens to a request's job, up to the one that completes a stop string, and say so."""
     job = request.options
     if job.params.stop_strings and detokenize is not None:
-        count = _before_stop(job.ids, ids, job.params.stop_strings, detokenize)
+        count = _before_stop(job.ids, ids, job.params.stop_strings, job.params.min_new_tokens, detokenize)
         if count is not None:
             ids, reason = ids[:count], "stop"
             logprobs = None if logprobs is None else logprobs[:count]
@@ -105,14 +107,18 @@ def tell(
 
 
 def _before_stop(
-    old: list[int], new: list[int], strings: tuple[str, ...] | list[str], detokenize: Callable[[list[int]], str]
+    old: list[int], new: list[int], strings: Sequence[str], least: int, detokenize: Callable[[list[int]], str]
 ) -> int | None:
-    """How many of the new tokens it takes to complete a stop string; None = all are not enough."""
+    """How many of the new tokens it takes to complete a stop string behind the first `least`; None = more than all."""
+    ids = old + new
+    if not new or len(ids) <= least:
+        return None
+    early = len(detokenize(ids[:least])) if least else 0
 
     def stops(count: int) -> bool:
-        text = detokenize(old + new[:count])
-        return any(string in text for string in strings)
+        text = detokenize(ids[: len(old) + count])
+        return any(string in text[max(0, early - len(string) + 1) :] for string in strings)
 
-    if not new or not stops(len(new)):
+    if not stops(len(new)):
         return None
     return next(count for count in range(1, len(new) + 1) if stops(count))

@@ -58,9 +58,9 @@ class Rules:
             stop_ids=jnp.full((rows, stop_ids), -1, jnp.int32),
             bias_ids=jnp.full((rows, biases), -1, jnp.int32),
             bias=jnp.zeros((rows, biases), jnp.float32),
-            repetition=jnp.ones(rows),
-            presence=jnp.zeros(rows),
-            frequency=jnp.zeros(rows),
+            repetition=jnp.ones(rows, jnp.float32),
+            presence=jnp.zeros(rows, jnp.float32),
+            frequency=jnp.zeros(rows, jnp.float32),
             logprobs=jnp.zeros(rows, bool),
         )
 
@@ -136,5 +136,5 @@ def log_probabilities(logits: Array, drawn: Array, wanted: Array, top: int) -> t
         return (chosen - total)[:, 0], ids.astype(jnp.int32), best - total
 
     shape = len(logits), top
-    nothing = jnp.zeros(len(logits)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+    nothing = jnp.zeros(len(logits), jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
     return lax.cond(jnp.any(wanted), compute, lambda _: nothing, logits)

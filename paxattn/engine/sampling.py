@@ -47,12 +47,12 @@ class Sampling:
 
     def checked_numbers(self) -> "Sampling":
         """The same, on the host; raises as `checked`."""
-        temperature, top_p, min_p = float(self.temperature), float(self.top_p), float(self.min_p)
-        top_k, seed = int(self.top_k), int(self.seed)
-        checks.require(0 <= temperature < float("inf"), "temperature", temperature, "finite and at least 0")
-        checks.require(0 <= top_k < 2**31, "top_k", top_k, "at least 0")
+        temperature, top_p, min_p = (
+            checks.static_float32(name, getattr(self, name)) for name in ("temperature", "top_p", "min_p")
+        )
+        top_k, seed = checks.static_int("top_k", self.top_k, 0, 2**31), checks.static_int("seed", self.seed, 0, 2**32)
+        checks.require(temperature >= 0, "temperature", temperature, "at least 0")
         checks.require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
-        checks.require(0 <= seed < 2**32, "seed", seed, "at least 0 and below 2**32")
         checks.require(0 <= min_p <= 1, "min_p", min_p, "from 0 to 1")
         return Sampling(temperature, top_k, top_p, seed, min_p)
 

@@ -100,6 +100,7 @@ class Scheduler:
       index: where prefixes are found again; None = nowhere.
       patience: by how many arrivals a unit of priority goes ahead.
       reserve: pages that are left free when one more is admitted beside others, so that these can grow.
+      window: the model's, where every layer has one.
     """
 
     def __init__(
@@ -112,11 +113,14 @@ class Scheduler:
         index: PrefixIndex | None = None,
         patience: int = 256,
         reserve: int = 0,
+        window: int | None = None,
     ):
         self.num_pages, self.page_size, self.max_len = num_pages, page_size, max_len
-        self.index, self.patience, self.reserve = index, patience, reserve
+        self.index, self.patience, self.reserve, self.window = index, patience, reserve, window
         self.running: dict[int, Request] = {}
-        self.waiting: list[Request] = []
+        self.waiting: set[Request] = set()
+        # A heap of those that wait, and of some that do not any more: to take one out would mean to go through it.
+        self._queue: list[Request] = []
         self.num_preempted = 0
         self.num_free = num_pages
         self._rows = list(range(max_seqs))
@@ -134,6 +138,12 @@ class Scheduler:
     def cached(self) -> int:
         """Pages that only the prefix index keeps."""
         return 0 if self.index is None else self.index.cached
+
+    def forget_prefixes(self) -> None:
+        """All pages are new and free; nothing may be running."""
+        if self.index is not None:
+            self.index.evict(self.cached)
+        self.num_free = self.num_pages
 
     def check(self, request: Request) -> None:
         """Raise TooLongError for a request that could never run."""
@@ -162,7 +172,7 @@ class Scheduler:
             self.check(one)
             one.key = self._arrivals - one.priority * self.patience, self._arrivals
             self._arrivals += 1
-        heapq.heappush(self.waiting, request)
+        self._wait([request])
 
     def plan(self, ahead: int, more: int) -> Plan:
         """What to do before the next step; `report` must be called for each plan, in order.
@@ -209,14 +219,22 @@ class Scheduler:
             self._wait(request.twins)
         elif request in self.waiting:
             self.waiting.remove(request)
-            heapq.heapify(self.waiting)
             self._wait(request.twins)
         request.twins = []
 
     def _wait(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if request.ended is None:
-                heapq.heappush(self.waiting, request)
+                self.waiting.add(request)
+                heapq.heappush(self._queue, request)
+
+    def _first(self) -> Request:
+        """Of those that wait."""
+        if len(self._queue) > 2 * len(self.waiting) + 64:  # or who left would be kept by one that never gets its turn
+            self._queue = sorted(self.waiting)
+        while self._queue[0] not in self.waiting:
+            heapq.heappop(self._queue)
+        return self._queue[0]
 
     def _leave(self, request: Request) -> int:
         row = request.row
@@ -260,12 +278,12 @@ class Scheduler:
         evicted = 0
         while len(self.running) > 1 and self._room(1) + self.cached < 0:
             youngest = max(self.running.values())
-            pages = self._pages(youngest.stored) - self._shared(youngest)
+            pages = self._pages(youngest.stored) - max(self._shared(youngest), self._behind(youngest))
             self._wait(youngest.twins)
             youngest.twins = []
             row = self._leave(youngest)
             plan.preempted.append((youngest, row))
-            heapq.heappush(self.waiting, youngest)
+            self._wait([youngest])
             self.num_preempted += 1
             self.num_free += max(0, pages)
         if plan.preempted:
@@ -278,10 +296,14 @@ class Scheduler:
         covered = 0 if request.lease is None or self.index is None else self.index.covered(request.lease)
         return max(covered, request.forked)
 
+    def _behind(self, request: Request) -> int:
+        """Pages of a row that were given back already, as all their tokens are behind the window."""
+        return 0 if self.window is None else max(0, request.stored - self.window + 1) // self.page_size
+
     def _admit(self, plan: Plan, ahead: int) -> int:
         room, evicted = self._room(ahead), 0
         while self.waiting and self._rows:
-            request = self.waiting[0]
+            request = self._first()
             if self.index is not None and request.swapped is None:
                 request.lease = self.index.match(request.tokens, request.salt)
             found = () if request.lease is None else request.lease.pages
@@ -293,7 +315,7 @@ class Scheduler:
                 break
             gained = self._evict(plan, need - room)
             room, evicted = room + gained - need, evicted + gained
-            heapq.heappop(self.waiting)
+            self.waiting.remove(heapq.heappop(self._queue))
             self._enter(request)
             request.stored = len(found) * self.page_size
             plan.admitted.append((request, found))

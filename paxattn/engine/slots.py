@@ -158,9 +158,9 @@ def run(model: Model, params: Any, slots: Slots, limit: Array, idle: Array, *, s
     drawn = (shape.steps, rows, width)
     nothing = Drawn(
         tokens=jnp.full(drawn, -1, jnp.int32),
-        logprobs=jnp.zeros(drawn),
+        logprobs=jnp.zeros(drawn, jnp.float32),
         top_ids=jnp.zeros((*drawn, shape.top), jnp.int32),
-        top_logprobs=jnp.zeros((*drawn, shape.top)),
+        top_logprobs=jnp.zeros((*drawn, shape.top), jnp.float32),
         stalled=jnp.zeros((), bool),
         begun=jnp.zeros(rows, jnp.int32),
         ended=jnp.zeros(rows, jnp.int32),
@@ -313,10 +313,10 @@ def _draw(model, params, slots: Slots, hidden: Array, shape: Shape) -> tuple[Arr
         return drawn, *log_probabilities(logits, drawn, rules.logprobs, shape.top)
 
     def greedy(hidden: Array) -> tuple[Array, ...]:
-        nothing = jnp.zeros((len(hidden), shape.top))
+        nothing = jnp.zeros((len(hidden), shape.top), jnp.float32)
         return (
             jnp.argmax(model.logits(params, hidden), axis=-1).astype(jnp.int32),
-            jnp.zeros(len(hidden)),
+            jnp.zeros(len(hidden), jnp.float32),
             nothing.astype(jnp.int32),
             nothing,
         )

@@ -1,9 +1,12 @@
 """Many async streams over one engine: a task steps it in a thread and hands each request its updates."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import contextvars
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
+from paxattn.engine.engine import UnknownRequestError
 from paxattn.engine.params import GenerationParams
 from paxattn.engine.records import Update
 
@@ -28,7 +31,7 @@ class Pump:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._lock = asyncio.Lock()
-        self._queues: dict[int, asyncio.Queue[Update | None]] = {}
+        self._queues: dict[int, asyncio.Queue[Update | BaseException]] = {}
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -44,18 +47,24 @@ class Pump:
         left = 1 if params is None else params.num_samples
         try:
             while left:
-                update = await queue.get()
-                if update is None:
-                    await self._failure()
-                    return
-                left -= update.reason is not None
-                yield update
+                told = await queue.get()
+                if isinstance(told, BaseException):
+                    raise told
+                left -= told.reason is not None
+                yield told
         finally:
             del self._queues[number]
             if left:
-                async with self._lock:
-                    self._engine.cancel(number)
-                self._start()
+                await self._cancel(number)
+
+    async def _cancel(self, number: int) -> None:
+        async with self._lock:
+            # It may have ended, and its last update not have been read.
+            with suppress(UnknownRequestError):
+                self._engine.cancel(number)
+        # Who cancels the pump, as asyncio does at its end, wants no other.
+        if self._task is not None and not self._task.cancelled():
+            self._start()
 
     def _start(self) -> None:
         if self._task is None or self._task.done():
@@ -65,17 +74,29 @@ class Pump:
     async def _run(self) -> None:
         while self._engine.busy:
             async with self._lock:
-                updates = await asyncio.to_thread(self._engine.step)
+                updates = await _in_thread(self._engine.step)
             for update in updates:
                 if update.id in self._queues:
                     self._queues[update.id].put_nowait(update)
 
     def _end(self, task: "asyncio.Task[Any]") -> None:
-        """A stream that waits for a task that failed must hear of it."""
-        if task.cancelled() or task.exception() is not None:
+        """All streams that wait for a task that failed must hear why; the first that does may start another."""
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
             for queue in self._queues.values():
-                queue.put_nowait(None)
+                queue.put_nowait(error)
 
-    async def _failure(self) -> None:
-        if self._task is not None:
-            await self._task
+
+async def _in_thread[T](function: Callable[[], T]) -> T:
+    """Its result. Whoever is cancelled meanwhile goes on waiting until the thread is done: what it works on is its own.
+
+    Not asyncio.to_thread, whose task asyncio cancels at its end as well, while the thread goes on.
+    """
+    run = contextvars.copy_context().run
+    work = asyncio.get_running_loop().run_in_executor(None, run, function)
+    try:
+        return await asyncio.shield(work)
+    finally:
+        while not work.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
