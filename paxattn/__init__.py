@@ -2,7 +2,7 @@
 
 from paxattn.engine.beam import Beam, beam_search
 from paxattn.engine.config import EngineConfig
-from paxattn.engine.engine import Engine, UnknownRequestError
+from paxattn.engine.engine import BrokenEngineError, Engine, UnknownRequestError
 from paxattn.engine.generate import Generation, State, generate, prefill, step, stream, warmup
 from paxattn.engine.params import GenerationParams, InvalidParamsError
 from paxattn.engine.records import Stats, TokenLogprob, Update
@@ -24,6 +24,7 @@ __all__ = [
     "XLA_FLAGS",
     "Beam",
     "BlockwiseKV",
+    "BrokenEngineError",
     "ContiguousKV",
     "Engine",
     "EngineConfig",
