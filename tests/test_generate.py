@@ -120,7 +120,7 @@ def test_buckets_are_at_least_sixteen_and_waste_little_more_than_a_quarter():
         (dict(prompts=[[1] * 60]), r"prompts\[0\]"),
         (dict(prompts=None), "prompts"),
         (dict(prompts="text"), "prompts"),
-        (dict(prompts=iter([[1]])), "prompts"),
+        (dict(prompts={1: [1]}), "prompts"),
         (dict(prompts=[1, 2]), r"prompts\[0\]"),
         (dict(prompts=[[1], [1.5]]), r"prompts\[1\]"),
         (dict(prompts=[["1"]]), r"prompts\[0\]"),
