@@ -108,7 +108,6 @@ def test_a_shared_prefix_is_one_more_kernel():
     ("feature", "changes"),
     [
         ("dtype float32", dict(dtype="float32")),
-        ("pages of int8", dict(page_dtype="int8")),
         ("scales of int8, 1 and 1 a head", dict(page_dtype="int8", scales=1)),
         ("pages of float16", dict(page_dtype="float16")),
         ("head dim 72", dict(heads=(8, 2, 72))),
