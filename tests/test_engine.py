@@ -361,19 +361,17 @@ def test_a_stop_string_ends_a_request_where_it_is_complete(engine, alone, kind, 
     at_rest(served)
 
 
-def test_no_stop_string_ends_a_request_before_the_least(engine, alone, rng):
-    """Not even one that is complete by then, and stays in the text."""
-    served = engine()
+@pytest.mark.parametrize(("start", "least"), [(2, 4), (8, 6)])
+def test_no_stop_string_ends_a_request_before_the_least(engine, alone, start, least, rng):
+    """Not even one that is complete by then, and stays in the text; nor does it end one that begins the string."""
+    served, text = engine(), engine().detokenize
     prompt = rng.integers(0, TINY.vocab_size, 7).tolist()
     want = alone(prompt)
-    text = lambda ids: " ".join(map(str, ids)) + " "
-    [one] = served.generate([prompt], GenerationParams(20, stop_strings=[text(want[2:4])], min_new_tokens=4))
-    late = [
-        n for n in range(5, 21) if text(want[2:4]) in text(want[:n])[len(text(want[:4])) - len(text(want[2:4])) + 1 :]
-    ]
-    assert one.ids == want[: late[0] if late else 20]
-    [one] = served.generate([prompt], GenerationParams(20, stop_strings=[text(want[8:10])], min_new_tokens=6))
-    assert one.ids == want[:10]
+    string = text(want[start : start + 2])
+    [one] = served.generate([prompt], GenerationParams(20, stop_strings=[string], min_new_tokens=least))
+    behind = max(0, len(text(want[:least])) - len(string) + 1)
+    ends = [n for n in range(least + 1, 21) if string in text(want[:n])[behind:]]
+    assert one.ids == want[: ends[0] if ends else 20]
     at_rest(served)
 
 
