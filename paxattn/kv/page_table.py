@@ -231,9 +231,8 @@ class PageTable:
         """One owner more for each of these full pages, which outlive their rows so. Free and negative: skipped."""
         checks.check_rank("pages", pages, "X")
         checks.check_ints("pages", pages, pages.shape, "X")
-        return replace(
-            self, owners=jnp.where(self.owners > 0, self.owners + self._tally(checks.int32(pages)), self.owners)
-        )
+        held = self._tally(checks.int32(pages))
+        return replace(self, owners=self.owners + jnp.where(self.owners > 0, held, 0))
 
     def let_go(self, pages: Int[Array, "X"]) -> "PageTable":
         """Undo `hold`: a page goes back when its last owner lets go; a negative page is skipped."""
