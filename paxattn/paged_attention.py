@@ -68,7 +68,7 @@ def paged_attention(
     out, lse = dispatch.call(
         "paged_attention",
         implementation,
-        rotate(q) if compressed else q,
+        rotate(q).astype(q.dtype) if compressed else q,
         pages,
         checks.int32(page_table),
         checks.int32(kv_lens),
@@ -80,7 +80,7 @@ def paged_attention(
         max_q_len=max_q_len,
         shared_prefix_len=shared_prefix_len,
     )
-    out = rotate(out) if compressed else out
+    out = rotate(out).astype(q.dtype) if compressed else out
     return (out, lse) if return_lse else out
 
 

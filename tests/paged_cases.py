@@ -146,6 +146,14 @@ COMPRESSED = [
     _hard("codes_skewed", kv_lens=(30000, *(31 for _ in range(63)))),
     _hard("codes_without_keys", kv_lens=(0, 0, 3, 0), sinks=True, padding=3),
     _hard("codes_window_dropped", window=65, dropped=True, page_size=8, kv_lens=(64, 65, 128, 129, 5000)),
+    *(
+        _hard(f"codes_chunks_d{dim}", dim=dim, queries="many", kv_lens=(700, 5, 300, 3000))
+        for dim in (64, 80, 128, 256)
+    ),
+    _hard("codes_chunks_of_windows", queries="many", kv_lens=(700, 5, 300), window=200, dropped=True, padding=7),
+    _hard(
+        "codes_chunks_beside_nothing", queries="many", kv_lens=(0, 900, 0, 0, 128, 1), page_size=8, sinks=True, group=7
+    ),
     _hard("codes_several", group=7, queries="some", kv_lens=(20, 300, 0, 77), softcap=2.5, scale=0.3, window=(90, 3)),
 ]
 

@@ -15,6 +15,7 @@ from paxattn.kernels import (
     gpu_blocks,
     gpu_flash_fwd,
     gpu_flash_fwd_plan,
+    gpu_paged_plan,
     gpu_paged_prefill,
     gpu_paged_prefill_plan,
 )
@@ -22,7 +23,7 @@ from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.hopper import CHUNK
 from paxattn.kernels.problem import Problem
 
-MODULES = (gpu_blocks, gpu_flash_fwd_plan, gpu_flash_fwd, gpu_paged_prefill_plan, gpu_paged_prefill)
+MODULES = (gpu_blocks, gpu_flash_fwd_plan, gpu_flash_fwd, gpu_paged_plan, gpu_paged_prefill_plan, gpu_paged_prefill)
 
 
 class Ref:
@@ -169,6 +170,14 @@ class Lanes:
     @staticmethod
     def from_lane(x, source):
         return x[source]
+
+    @staticmethod
+    def warp_sum(x):
+        return np.broadcast_to(x, 32).sum()
+
+    @staticmethod
+    def warp_scan(x):
+        return np.broadcast_to(x, 32).cumsum()
 
 
 class Queue(Passive):
@@ -349,9 +358,8 @@ def test_paged_prefill(rng, monkeypatch):
         sinks = rng.normal(size=(1, problem.heads)) if rng.random() < 0.3 else None
         config, cu_q_lens = gpu_flash_fwd_plan.config_for(problem), np.cumsum([0, *q_lens])
         smem, config = shared_memory(problem, config), replace(config, stages=10**9)
-        tiles, count = gpu_paged_prefill_plan.tiles_of(cu_q_lens, problem.q_len, config.block_q, left_out)
         given = None if skipped is None else np.array([skipped])
-        plan = gpu_paged_prefill_plan.PagedPlan(problem, config, 1, tiles, count, kv_lens, cu_q_lens, given)
+        plan = gpu_paged_prefill_plan.PagedPlan(problem, config, 1, left_out, kv_lens, cu_q_lens, given)
         feed = gpu_flash_fwd.Taken(plan, smem)
         gpu_flash_fwd.take_items(plan, smem, None)
         for name in "kv":

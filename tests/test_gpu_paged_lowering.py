@@ -83,7 +83,7 @@ def test_lowers_for_cuda(case):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("case", [case for case in COMPRESSED if "_d" in case.name or "several" in case.name], ids=str)
+@pytest.mark.parametrize("case", [case for case in COMPRESSED if re.search("_d|several|windows", case.name)], ids=str)
 @pytest.mark.usefixtures("on_hopper")
 def test_compressed_pages_lower_for_cuda(case, dtype):
     assert "custom_call @mosaic_gpu" in module_of(compressed_shapes(case, dtype), **case.options)

@@ -6,28 +6,31 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gpu_plan import DIMS, Grid
+from test_gpu_paged_plan import Warp
+from test_gpu_plan import DIMS
 
 from paxattn.kernels import (
     gpu_blocks,
     gpu_flash_fwd,
     gpu_flash_fwd_plan,
     gpu_paged,
+    gpu_paged_plan,
     gpu_paged_prefill,
     gpu_paged_prefill_plan,
 )
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.problem import Problem
 
+MODULES = (gpu_blocks, gpu_flash_fwd_plan, gpu_flash_fwd, gpu_paged_plan, gpu_paged_prefill_plan, gpu_paged_prefill)
+
 
 @pytest.fixture
-def grid(monkeypatch):
-    grid = Grid()
-    for module in (gpu_blocks, gpu_flash_fwd_plan, gpu_flash_fwd, gpu_paged_prefill_plan, gpu_paged_prefill):
-        monkeypatch.setattr(module, "jnp", grid)
-        if hasattr(module, "lax"):
-            monkeypatch.setattr(module, "lax", grid)
-    return grid
+def _warp(monkeypatch):
+    warp = Warp()
+    for module in MODULES:
+        for name in ("jnp", "lax", "hopper_lanes"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, warp)
 
 
 class Consumer(gpu_paged_prefill.PagedConsumer):
@@ -37,8 +40,10 @@ class Consumer(gpu_paged_prefill.PagedConsumer):
 
 def batches(rng, count):
     """Problems, the rows' numbers of queries and keys, and how many keys all leave out, or None."""
-    for _ in range(count):
+    for i in range(count):
         rows, kv_heads, group = int(rng.integers(1, 6)), int(rng.integers(1, 3)), int(rng.choice([1, 2, 7]))
+        if i % 10 == 0:  # more than a warp looks at at once
+            rows, kv_heads, group = int(rng.choice([32, 33, 256, 257, 600])), 1, 1
         q_lens = rng.choice([0, 1, 5, 16, 17, 127, 128, 129, 300], rows)
         kv_lens = np.where(rng.random(rows) < 0.8, q_lens, 0) + rng.choice([0, 1, 64, 127, 128, 500], rows)
         left = None if rng.random() < 0.5 else int(rng.choice([0, 1, 127, 128, 200]))
@@ -49,13 +54,12 @@ def batches(rng, count):
         yield problem, q_lens, kv_lens, None if rng.random() < 0.6 else np.array([int(rng.choice([0, 1, 100, 128]))])
 
 
-@pytest.mark.usefixtures("unchecked", "grid")
+@pytest.mark.usefixtures("unchecked", "_warp")
 @pytest.mark.parametrize("left_out", [0, 16])
 def test_every_query_of_a_long_row_is_served_once_and_sees_what_it_should(rng, left_out):
     for problem, q_lens, kv_lens, skipped in batches(rng, 60):
         config, cu_q_lens = gpu_flash_fwd_plan.config_for(problem), np.cumsum([0, *q_lens])
-        table, count = gpu_paged_prefill_plan.tiles_of(cu_q_lens, problem.q_len, config.block_q, left_out)
-        plan = gpu_paged_prefill_plan.PagedPlan(problem, config, 7, table, count, kv_lens, cu_q_lens, skipped)
+        plan = gpu_paged_prefill_plan.PagedPlan(problem, config, 7, left_out, kv_lens, cu_q_lens, skipped)
         items = list(itertools.takewhile(lambda item: item.blocks, map(plan.item, map(np.int64, itertools.count()))))
         served = np.zeros((problem.heads, problem.q_len), int)
         for item in items:
@@ -90,6 +94,25 @@ def check(problem, config, item, q_len, skipped):
         for j, masked in steps:
             first = start + (blocks - 1 - j) * size
             assert masked or seen[which * ROWS : (which + 1) * ROWS, first : first + size].all()
+
+
+@pytest.mark.parametrize("few", [1, 9, 64])
+def test_pieces_of_rows_have_every_query_where_it_was(rng, few):
+    for problem, q_lens, kv_lens, _ in batches(rng, 30):
+        rows, cu_q_lens = len(q_lens), np.cumsum([0, *q_lens])
+        arrays = np.arange(rows)[:, None], kv_lens, cu_q_lens
+        table, kv_ends, starts = gpu_paged._in_pieces(few, problem.q_len, *(jnp.asarray(x, jnp.int32) for x in arrays))
+        lens = np.diff(starts)
+        assert len(table) == len(kv_ends) == len(lens)
+        assert 0 <= lens.min() <= lens.max() <= few
+        assert (starts[0], starts[-1]) == (0, cu_q_lens[-1])
+
+        def places(row, kv_lens, lens):
+            """Of each query its row and position; -1 where it sees nothing."""
+            position = np.concatenate([np.arange(n) + end - n for n, end in zip(lens, kv_lens, strict=True)])
+            return np.repeat(row, lens).tolist(), np.maximum(position, -1).tolist()
+
+        assert places(np.asarray(table[:, 0]), kv_ends, lens) == places(np.arange(rows), kv_lens, q_lens)
 
 
 def test_results_over_parts_of_the_keys_merge_to_that_over_all(rng):

@@ -15,7 +15,6 @@ from paxattn.kernels import (
     gpu_paged_decode,
     gpu_paged_plan,
     gpu_paged_prefill,
-    gpu_paged_prefill_plan,
     gpu_paged_write,
     hopper,
     online_softmax,
@@ -45,8 +44,8 @@ def paged_attention(
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     compressed = pages.k_scale is not None
     if compressed and longest > few:
-        hint = "max_q_len is not given" if max_q_len is None else f"max_q_len {longest}"
-        raise NotImplementedError(f"{hint}: 'mosaic_gpu' serves {few} queries a row where pages are compressed")
+        page_table, kv_lens, cu_q_lens = _in_pieces(few, tokens, page_table, kv_lens, cu_q_lens)
+        longest = few
     # Of a window the prefix may be no part, and what reads a prefix reads no compressed pages.
     shared = shared_prefix_len is not None and left is None and not compressed
     skipped = _before_all(shared_prefix_len, kv_lens, cu_q_lens)[None] if shared else None
@@ -68,6 +67,22 @@ def _attend(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bo
     return _merge(_rows(problem, compressed, some_are_long, *arrays, None), prefix, arrays[4][-1])
 
 
+def _in_pieces(few: int, tokens: int, page_table: Array, kv_lens: Array, cu_q_lens: Array) -> tuple[Array, ...]:
+    """Every row as rows of at most `few` queries, whose keys end with their last one, and some of none.
+
+    The kernel for many queries reads no compressed pages. The other one reads them again for each of these rows, but
+    most of that from the cache.
+    """
+    rows = jnp.arange(len(kv_lens), dtype=jnp.int32)
+    ends = lax.div(cu_q_lens[1:], jnp.int32(few)) + rows + 1  # Of the rows' pieces: each has one more than it may need.
+    index = jnp.arange(tokens // few + len(kv_lens), dtype=jnp.int32)
+    row = jnp.minimum((ends[None, :] <= index[:, None]).sum(axis=1, dtype=jnp.int32), rows[-1])
+    before = index - lax.div(cu_q_lens[row], jnp.int32(few)) - row
+    end = cu_q_lens[row + 1]
+    starts = jnp.append(jnp.minimum(cu_q_lens[row] + before * few, end), end[-1])
+    return page_table[row], jnp.maximum(kv_lens[row] - end + jnp.minimum(starts[:-1] + few, end), 0), starts
+
+
 def _before_all(prefix_len: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
     """prefix_len, or less where new tokens of some row would be in the prefix, of which every query sees all."""
     q_lens = jnp.diff(cu_q_lens)
@@ -85,12 +100,8 @@ def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool
         kind, config = gpu_paged_decode.PLAIN, gpu_paged_plan.config_for(read_as)
     results = gpu_paged_decode.decode(kind, read_as, config, blocks, *arrays)
     if not some_are_long:
-        return results
-    page_table, cu_q_lens, few = arrays[2], arrays[4], ROWS // problem.group
-    dense = _dense(problem, page_table, causal=True)
-    block_q = gpu_flash_fwd_plan.config_for(dense).block_q
-    work = gpu_paged_prefill_plan.tiles_of(cu_q_lens, problem.tokens, block_q, few)
-    return _prefill(dense, problem.page_size, work, arrays[:-1], results)
+        return results[:2]
+    return _prefill(_dense(problem, arrays[2], causal=True), problem.page_size, problem.max_q_len, arrays[:-1], results)
 
 
 def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q_lens, prefix_len):
@@ -112,11 +123,11 @@ def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q
     table = page_table.at[row, columns].get(mode="clip")
     lens = jnp.clip(prefix_len[0] - index * part, 0, part)
     ends = jnp.arange(parts + 1, dtype=jnp.int32) * tokens
-    work = gpu_paged_prefill_plan.tiles_of_equals(parts, tokens, block_q)
     every = replace(dense, q_len=parts * tokens)
     all_q = jnp.tile(q, (parts, 1, 1))
     unwritten = lax.empty(all_q.shape, q.dtype), lax.empty((problem.heads, parts * tokens), jnp.float32)
-    out, lse = _prefill(every, size, work, (all_q, pages, table, lens, ends, None, None), unwritten)
+    results = *unwritten, jnp.zeros(1, jnp.int32)
+    out, lse = _prefill(every, size, 0, (all_q, pages, table, lens, ends, None, None), results)
     return out.reshape(parts, *q.shape), lse.reshape(problem.heads, parts, tokens)
 
 
@@ -127,18 +138,17 @@ def _dense(problem: gpu_paged_plan.Problem, page_table: Array, causal: bool) -> 
     return Problem(*shape, problem.left, 0 if causal else None, problem.scale, problem.softcap)
 
 
-def _prefill(
-    problem: Problem, page_size: int, work: tuple[Array, Array], arrays: tuple, results: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    """`results`, with those of the rows that `work` has tiles of."""
+def _prefill(problem: Problem, page_size: int, few: int, arrays: tuple, results: tuple) -> tuple[Array, Array]:
+    """The first two of `results`, with those of the rows of more than `few` queries; the third is counters."""
     q, pages, page_table, kv_lens, cu_q_lens, skipped, sinks = arrays
     config = gpu_flash_fwd_plan.config_for(problem)
-    inputs = q[None], *pages, page_table, kv_lens, cu_q_lens, *work
+    inputs = q[None], *pages, page_table, kv_lens, cu_q_lens
     sinks = None if sinks is None else sinks[None]
 
     def run(inputs, skipped, sinks, results):
-        fixed = problem, config, multiprocessors(), page_size
-        state = *(x[None] for x in results), jnp.zeros(1, jnp.int32)
+        fixed = problem, config, multiprocessors(), page_size, few
+        out, lse, counters = results
+        state = out[None], lse[None], counters
         return pl.run_state(lambda refs: gpu_paged_prefill.prefill(*fixed, inputs, skipped, sinks, refs))(state)
 
     out, lse, _ = lax.optimization_barrier(hopper.apart(run)(inputs, skipped, sinks, results))

@@ -57,8 +57,9 @@ def decode(
     skipped,
     sinks,
     more,
-) -> tuple[Array, Array]:
-    """q [T,H,D], pages [N,P,K,...] each, page_table [R,M] -> out [T,H,D], lse float32 [H,T].
+) -> tuple[Array, Array, Array]:
+    """q [T,H,D], pages [N,P,K,...] each, page_table [R,M] -> out [T,H,D], lse float32 [H,T], and counters, int32, of
+    which the last is 0 still, for another kernel.
 
     Rows of more than max_q_len queries are left out, and of all rows the first `skipped` [1] keys. What is found is
     merged with what is known of more keys, out [parts,T,H,D] and lse [H,parts,T]. These and sinks, float32 [H], may be
@@ -83,10 +84,12 @@ def decode(
     call = hopper.kernel(body, num_sms, config.warpgroups, scratch, out_type)
 
     def run(*inputs):
-        return call(*inputs, jax.new_ref(jnp.zeros(4 * workers, jnp.int32)))
+        counters = jax.new_ref(jnp.zeros(4 * workers + 1, jnp.int32))
+        out, lse, *_ = call(*inputs, counters)
+        return out, lse, jax.freeze(counters)
 
-    out, lse, *_ = hopper.apart(run)(queries, *pages, page_table, kv_lens, cu_q_lens, *given.values())
-    return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
+    out, lse, counters = hopper.apart(run)(queries, *pages, page_table, kv_lens, cu_q_lens, *given.values())
+    return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens), counters
 
 
 def _scratch(problem: Problem, config: Config, dtype) -> dict:
@@ -267,7 +270,7 @@ class Consumer:
     lse: Any  # [H*T]
     part: Any  # [2*workers*rows,D]: of each worker the item that it goes on with, then the one that others go on with
     part_lse: Any
-    counters: Any  # [4*workers]: of the item that each worker begins and others go on with, how many have left a part
+    counters: Any  # [4*workers+1]: of the item that each worker begins and others go on with, how many have left a part
 
     slots_a_block: ClassVar[int] = 2
     weight: ClassVar[float] = 1.0  # of the weights that the sums are of

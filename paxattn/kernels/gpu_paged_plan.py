@@ -145,7 +145,7 @@ class Plan:
         def sums_of(group):
             return sums if groups == 1 else self._sums(group, lines)
 
-        total = _each(groups, lambda group, total: total + sum(n for _, n in sums_of(group)), jnp.int32(0))
+        total = each(groups, lambda group, total: total + sum(n for _, n in sums_of(group)), jnp.int32(0))
         share, extra = divide(total * sets, self.teams)
         first = team * share + jnp.minimum(team, extra)
 
@@ -157,7 +157,7 @@ class Plan:
                 before += n
             return before, line, before_line
 
-        _, line, before_line = _each(groups, find, (jnp.int32(0),) * 3)
+        _, line, before_line = each(groups, find, (jnp.int32(0),) * 3)
         mine = self._count(line + hopper_lanes.lane())
         at = before_line + hopper_lanes.warp_scan(mine) - mine
         inside = (first >= at * sets) & (first < (at + mine) * sets)
@@ -226,5 +226,6 @@ class Plan:
         return q_start, q_len, kv_len, begin, first, jnp.where(served, jnp.maximum(end - first, 1), 0)
 
 
-def _each(count: int, body: Any, state: Any) -> Any:
+def each(count: int, body: Any, state: Any) -> Any:
+    """A fori_loop, or its body where it is done once."""
     return body(jnp.int32(0), state) if count == 1 else lax.fori_loop(0, count, body, state)

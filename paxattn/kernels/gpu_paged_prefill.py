@@ -17,7 +17,7 @@ from paxattn.kernels import gpu_queue, hopper, hopper_lanes
 from paxattn.kernels.gpu_blocks import ROWS, iota
 from paxattn.kernels.gpu_flash_fwd import LOOK_UP, Consumer, Producer, Taken, scratch_of, take_items
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item
-from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan
+from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan, most_tiles
 from paxattn.kernels.hopper import ROW
 from paxattn.kernels.problem import Problem
 
@@ -27,33 +27,34 @@ def prefill(
     config: Config,
     num_sms: int,
     page_size: int,
+    few: int,
     inputs: tuple[Array, ...],
     skipped: Array | None,
     sinks: Array | None,
     results: tuple,
 ) -> None:
-    """Write the result of the rows that `tiles_of` has tiles of to refs out [1,T,H,D] and lse [1,H,T].
+    """Write the result of the rows of more than `few` queries to refs out [1,T,H,D] and lse [1,H,T].
 
-    These are the first two of `results`; the third is a counter, 0.
+    These are the first two of `results`; the third is counters, of which the last is 0.
 
-    inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R], cu_q_lens [R+1] and these tiles; skipped int32
-    [1], how many of every row's first keys to leave out; sinks float32 [1,H].
+    inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R] and cu_q_lens [R+1]; skipped int32 [1], how many
+    of every row's first keys to leave out; sinks float32 [1,H].
     """
-    *_, table, _ = inputs
-    ctas = min(num_sms, problem.heads * len(table))
+    rows = len(inputs[-2])
+    ctas = min(num_sms, problem.heads * most_tiles(problem.q_len, rows, config.block_q))
     pieces = max(1, config.block_kv // page_size)
     scratch = scratch_of(problem, config, inputs[0].dtype, pieces)
     scratch |= gpu_queue.scratch(config.warpgroups + 2, FIELDS) | gpu_queue.on_demand()
     given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
-    body = partial(_kernel, problem, config, ctas, page_size, tuple(given))
+    body = partial(_kernel, problem, config, ctas, page_size, few, tuple(given))
     call = hopper.kernel(body, ctas, config.warpgroups, scratch)
     call(*inputs, *given.values(), *results)
 
 
-def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, names: tuple[str, ...], *refs, **smem):
-    q, k, v, page_table, kv_lens, cu_q_lens, table, count, *extra, out, lse, counter = refs
-    given = dict(zip(names, extra, strict=True))
-    plan = PagedPlan(problem, config, ctas, table, count, kv_lens, cu_q_lens, given.get("skipped"))
+def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, few: int, names: tuple, *refs, **smem):
+    q, k, v, page_table, kv_lens, cu_q_lens, *extra, out, lse, counters = refs
+    given, counter = dict(zip(names, extra, strict=True)), counters.at[counters.shape[0] - 1]
+    plan = PagedPlan(problem, config, ctas, few, kv_lens, cu_q_lens, given.get("skipped"))
     wg, feed = lax.axis_index("wg"), Taken(plan, smem)
 
     @pl.when(wg < config.warpgroups)

@@ -152,26 +152,28 @@ def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
     new = KVPages(k.astype(pages.k.dtype), v.astype(pages.v.dtype))
     if pages.k_scale is not None and pages.v_scale is not None:
         groups = lambda scale: scale.size * pages.head_dim // pages.k.size
-        k, k_scale = _compress(rotate(k.astype(jnp.float32)), pages.k.dtype, groups(pages.k_scale))
-        v, v_scale = _compress(rotate(v.astype(jnp.float32)), pages.v.dtype, groups(pages.v_scale))
+        k, k_scale = _compress(rotate(k), pages.k.dtype, groups(pages.k_scale))
+        v, v_scale = _compress(rotate(v), pages.v.dtype, groups(pages.v_scale))
         new = KVPages(k, v, k_scale, v_scale)
     new = jax.tree.map(lambda x: x.reshape(len(x), pages.k.shape[2], pages.heads_a_row * x.shape[-1]), new)
     return replace(new, heads_a_row=pages.heads_a_row, scales_turned=pages.scales_turned)
 
 
 def rotate(x: Array) -> Array:
-    """x [...,D] times a Hadamard matrix, which is orthogonal and its own inverse.
+    """x [...,D] times a Hadamard matrix, which is orthogonal and its own inverse, in float32.
 
     Of queries and keys both, it leaves q k as it is; of values, the output is rotated back. Where D is no power of
     two, by blocks of the largest one that divides it. Numbers may grow by the square root of a block.
     """
     dim = x.shape[-1]
     size = dim & -dim
+    x = x if x.dtype.itemsize == 2 else x.astype(jnp.float32)
     index = np.arange(size)
-    signs = 1 - 2.0 * (np.bitwise_count(index[:, None] & index[None, :]) % 2)
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], dim // size, size)
-    matrix = jnp.asarray(signs * size**-0.5, jnp.float32)
-    return jnp.einsum("...i,ij->...j", blocks, matrix, precision="highest").reshape(x.shape).astype(x.dtype)
+    # Signs are exact in every dtype, so that half precision is multiplied as what it is.
+    signs = jnp.asarray(1 - 2 * (np.bitwise_count(index[:, None] & index[None, :]).astype(np.int8) % 2), x.dtype)
+    blocks = x.reshape(*x.shape[:-1], dim // size, size)
+    how = dict(precision="highest", preferred_element_type=jnp.float32)
+    return jnp.einsum("...i,ij->...j", blocks, signs, **how).reshape(x.shape) * jnp.float32(size**-0.5)
 
 
 def _compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
