@@ -10,7 +10,8 @@ last of them, instead of one), query/key heads, the head dim, the page size and,
 calls with rows of several queries TFLOP/s are told, not GB/s. Pages lie in random order. Every kernel is checked
 against implementation="xla" in the same run; a wrong one is reported and not timed. The kernels of a shape then take
 turns, and the figure is the median of all that a call runs on the GPU as CUPTI tells it (wall time where there is no
-GPU). "read" is the rate at which XLA sums up 2 GiB in the same run.
+GPU). "read" is the rate at which XLA sums up 2 GiB in the same run. With --cold each call comes behind a sum of 512
+MiB, whose time is taken off: as in a model, the cache holds nothing of the call before, nor has it that to write back.
 
 The peers, where they are not what pip installs by itself: flash_attn3_jax.
 """
@@ -20,6 +21,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ from scripts.paged.shapes import SUITES, Shape, inputs
 
 WRONG = 0.02  # relative error that no rounding explains
 READ_BYTES = 2**31
+OTHER_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--implementation", help="ours; default: mosaic_gpu on a GPU, xla elsewhere")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="with nothing of the call before in the cache")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each kernel (%(default)s)")
     parser.add_argument("--iterations", type=int, default=5, help="calls in a turn, after a warm-up (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="--suite smoke, one round")
@@ -100,39 +104,58 @@ def completed(options: argparse.Namespace) -> argparse.Namespace:
 
 def measure(shape: Shape, makes: dict[str, Make], options: argparse.Namespace) -> Result:
     x = inputs(shape)
-    given: dict[str, Any] = {}
+    given: dict[str, tuple[Any, jax.Array | None]] = {}
+    other = jnp.ones(OTHER_BYTES // 2, jnp.bfloat16) if options.cold else None
 
     def compiled(name: str, make: Make) -> Compiled:
         step = make(shape)
-        given[name] = PREPARED[name](shape, x) if name in PREPARED else x
-        return jax.jit(step).lower(given[name]).compile()
+        given[name] = (PREPARED[name](shape, x) if name in PREPARED else x), other
+        return jax.jit(behind_a_sum(step)).lower(*given[name]).compile()
 
     programs = compile_all({name: partial(compiled, name, make) for name, make in makes.items()}, 4)
     expected = paged("xla")(shape)(x)
-    checked = {name: check(one, given.get(name), expected) for name, one in programs.items()}
+    checked = {name: check(one, given.get(name, ()), expected) for name, one in programs.items()}
     right = {name: one for name, one in programs.items() if isinstance(one, Compiled) and not checked[name].note}
-    times = time_in_turns(right, {name: (given[name],) for name in right}, options.rounds, options.iterations)
+    times = time_in_turns(right, {name: given[name] for name in right}, options.rounds, options.iterations)
+    sum_ms = 0.0 if other is None else of_a_sum(other, options)
     for name, one in times.items():
-        ms = one.kernel_ms or one.wall_ms
-        checked[name] = Figure(
-            one.kernel_ms, one.wall_ms, shape.bytes_read / ms / 1e6, shape.flops / ms / 1e9, checked[name].error
-        )
+        kernel_ms, wall_ms = one.kernel_ms and one.kernel_ms - sum_ms, one.wall_ms - sum_ms
+        ms = kernel_ms or wall_ms
+        rates = shape.bytes_read / ms / 1e6, shape.flops / ms / 1e9
+        checked[name] = Figure(kernel_ms, wall_ms, *rates, checked[name].error)
     return Result(shape, checked)
 
 
-def check(program: Compiled | str, given: Any, expected: jax.Array) -> Figure:
+def behind_a_sum(step: Callable[[Any], jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+    """The step, on the device after the sum of something else, if there is any."""
+
+    def both(given: Any, other: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        if other is None:
+            return step(given), None
+        given, total = jax.lax.optimization_barrier((given, other.astype(jnp.float32).sum()))
+        return step(given), total
+
+    return both
+
+
+def of_a_sum(x: jax.Array, options: argparse.Namespace) -> float:
+    """ms that it takes."""
+    total = jax.jit(lambda x: x.astype(jnp.float32).sum()).lower(x).compile()
+    times = time_in_turns({"sum": total}, {"sum": (x,)}, options.rounds, options.iterations)["sum"]
+    return times.kernel_ms or times.wall_ms
+
+
+def check(program: Compiled | str, given: tuple[Any, ...], expected: jax.Array) -> Figure:
     if isinstance(program, str):
         return Figure(note=f"declines: {program}")
-    error = float(relative_errors((program(given),), (expected,))[0])
+    error = float(relative_errors((program(*given)[0],), (expected,))[0])
     return Figure(error=error, note="" if error <= WRONG else f"wrong: {error:.1e}")
 
 
 def read_rate(options: argparse.Namespace) -> float:
     """GB/s."""
     x = jnp.ones(READ_BYTES // 2 if jax.default_backend() == "gpu" else 2**20, jnp.bfloat16)
-    total = jax.jit(lambda x: x.astype(jnp.float32).sum()).lower(x).compile()
-    times = time_in_turns({"read": total}, {"read": (x,)}, options.rounds, options.iterations)["read"]
-    return x.nbytes / (times.kernel_ms or times.wall_ms) / 1e6
+    return x.nbytes / of_a_sum(x, options) / 1e6
 
 
 def say_result(result: Result) -> None:
