@@ -31,9 +31,24 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = x.astype(jnp.float32) * self._factor(x)
         return y.astype(x.dtype) * self.weight[...][None, :]
+
+    def matmul(self, x: Array, weight: nnx.Param) -> Array:
+        """matmul of the norm of x.
+
+        The factor of a single row is applied behind the product, so that what reads the row once gives all that is
+        needed: for a GPU, XLA makes one kernel of that, and three of the whole norm; of more rows it makes one, too.
+        In float16, such a product might overflow.
+        """
+        if len(x) > 1 or x.dtype == jnp.float16:
+            return matmul(self(x), weight)
+        y = matmul(x * self.weight[...][None, :], weight)
+        return (y.astype(jnp.float32) * self._factor(x)).astype(x.dtype)
+
+    def _factor(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        return jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
 
 
 class MLP(nnx.Module):
@@ -43,8 +58,8 @@ class MLP(nnx.Module):
         self.gate_up = weight(rngs, 2, config.mlp_dim, config.embed_dim, dtype=dtype)
         self.down = weight(rngs, config.embed_dim, config.mlp_dim, dtype=dtype)
 
-    def __call__(self, x: Array) -> Array:
-        gate, up = jnp.split(matmul(x, self.gate_up), 2, axis=-1)
+    def __call__(self, x: Array, norm: RMSNorm) -> Array:
+        gate, up = jnp.split(norm.matmul(x, self.gate_up), 2, axis=-1)
         return matmul(jax.nn.silu(gate) * up, self.down)
 
 
@@ -60,8 +75,10 @@ class Attention(nnx.Module):
         self.qkv = weight(rngs, *heads, config.embed_dim, dtype=dtype)
         self.out = weight(rngs, config.embed_dim, config.num_heads * config.head_dim, dtype=dtype)
 
-    def __call__(self, layer: int, x: Array, rotation: tuple[Array, Array], kv: Any) -> tuple[Array, Any]:
-        qkv = matmul(x, self.qkv).reshape(len(x), *self.qkv.shape[:3])
+    def __call__(
+        self, layer: int, x: Array, norm: RMSNorm, rotation: tuple[Array, Array], kv: Any
+    ) -> tuple[Array, Any]:
+        qkv = norm.matmul(x, self.qkv).reshape(len(x), *self.qkv.shape[:3])
         qk = rotate(qkv[:, :, :-1], rotation)
         q = qk[:, :, :-1].reshape(len(x), -1, qk.shape[-1])
         out, kv = kv.attend(layer, q, qk[:, :, -1], qkv[:, :, -1])
@@ -76,9 +93,9 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, layer: int, x: Array, rotation: tuple[Array, Array], kv: Any) -> tuple[Array, Any]:
-        attended, kv = self.attention(layer, self.attention_norm(x), rotation, kv)
+        attended, kv = self.attention(layer, x, self.attention_norm, rotation, kv)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), kv
+        return x + self.mlp(x, self.mlp_norm), kv
 
 
 def rotation(positions: Array, config: Config) -> tuple[Array, Array]:
