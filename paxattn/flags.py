@@ -7,6 +7,8 @@ XLA_FLAGS = " ".join(
         # Loops and branches stay on the GPU, as part of a CUDA graph: the host does not read each condition.
         "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
         "--xla_gpu_graph_min_graph_size=1",
+        # Kernels of Pallas read a part of an array where it lies, not a copy.
+        "--xla_gpu_enable_dynamic_slice_fusion=true",
     )
 )
 """A value for the environment variable of the same name, to be set before the first computation."""

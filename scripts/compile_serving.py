@@ -112,7 +112,7 @@ def operations(sequence: str) -> tuple[bool, list[str]]:
     level = min(len(line[1]) for line in inside)
     steps = [line for line in inside if len(line[1]) == level and line[2] != "kCommandBuffer"]
     return lines[0][2] == "kCommandBuffer" and lines[loop][1] != "", [
-        line[3].split(" ")[0] or line[2] for line in steps
+        line[3].split(" ")[0] if line[3] and line[2] != "kDynamicSliceFusion" else line[2] for line in steps
     ]
 
 
