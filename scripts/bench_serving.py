@@ -75,7 +75,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--kv-dtype", choices=("float32", "bfloat16", "int8", "float8_e4m3fn"))
     parser.add_argument("--implementation", help="of attention: xla, mosaic_gpu, mosaic_tpu or reference")
-    parser.add_argument("--prefill-implementation", help="of attention in steps with prompts, if another")
     parser.add_argument("--max-seqs", type=int, default=256, help="rows, if a job has as many (%(default)s)")
     parser.add_argument("--max-len", type=int, default=16384, help="drawn requests are cut there (%(default)s)")
     parser.add_argument("--num-pages", type=int, help="default: what the memory has room for")
@@ -118,7 +117,6 @@ def new_engine(model: Any, params: Any, work: Workload, options: argparse.Namesp
         decode_steps=options.decode_steps,
         kv_dtype=options.kv_dtype,
         implementation=options.implementation,
-        prefill_implementation=options.prefill_implementation,
         draft_tokens=drafts,
         preemption=options.preemption,
     )

@@ -75,7 +75,6 @@ def compiled(options: argparse.Namespace) -> tuple[Any, int]:
         max_len=options.max_len,
         implementation="mosaic_gpu",
         draft_tokens=options.draft_tokens,
-        prefill_implementation="xla" if options.kv_dtype else None,
     )
 
     def state() -> slots.Slots:

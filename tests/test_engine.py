@@ -43,7 +43,7 @@ KINDS = {
     "recompute": {},
     "swap": dict(preemption="swap"),
     "drafts": dict(draft_tokens=3, ngram=1, prefill_tokens=5),
-    "no prefixes": dict(prefix_cache=False, prefill_tokens=5, prefill_implementation="reference"),
+    "no prefixes": dict(prefix_cache=False, prefill_tokens=5),
 }
 LONGEST = 64  # tokens of a request in the random programs: more than half of the pages
 
@@ -293,9 +293,6 @@ def test_the_loop_lowers_for_a_gpu(monkeypatch):
     # Not seen in what is exported, which has a loop for each cumsum.
     loop = slots.run.trace(model, params, served._slots, np.int32(3), np.int32(1), shape=config.shapes[0])
     assert loop.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.while") == 3
-    decode, mixed = replace(config, prefill_implementation="xla").shapes
-    assert decode == config.shapes[0]
-    assert "custom_call @mosaic_gpu" not in lowered(mixed)
 
 
 def at_rest_without_reading(engine):

@@ -29,7 +29,7 @@ SIZES = dict(max_seqs=6, max_len=LONGEST, num_pages=40, prefill_tokens=128, deco
 KINDS = {
     "plain": {},
     "drafts": dict(draft_tokens=3, ngram=1, preemption="swap"),
-    "int8": dict(kv_dtype="int8", prefill_implementation="xla"),
+    "int8": dict(kv_dtype="int8"),
 }
 IMPLEMENTATIONS = [pytest.param("xla", marks=pytest.mark.slow), pytest.param("mosaic_gpu", marks=pytest.mark.gpu)]
 

@@ -21,7 +21,6 @@ class EngineConfig:
       decode_steps: most steps before the host looks at what was drawn.
       kv_dtype: of the pages; None = as the model's keys.
       implementation: of paged_attention.
-      prefill_implementation: of that in steps with prompts, where another serves these; None = the same.
       prefix_cache: find full pages of earlier requests again; never where all layers have windows.
       preemption: a request that gives way computes its tokens again, or has its pages swapped to host memory.
       patience: by how many arrivals a unit of priority goes ahead.
@@ -39,7 +38,6 @@ class EngineConfig:
     decode_steps: int = 16
     kv_dtype: Any = None
     implementation: str | None = None
-    prefill_implementation: str | None = None
     prefix_cache: bool = True
     preemption: Literal["recompute", "swap"] = "recompute"
     patience: int = 256
@@ -81,5 +79,4 @@ class EngineConfig:
             ngram=self.ngram,
             top=self.max_logprobs,
             cached=self.prefix_cache,
-            implementation=(self.prefill_implementation if prefill else None) or self.implementation,
         )

@@ -328,7 +328,9 @@ class Engine:
 
         def workspace() -> int:
             slots = jax.eval_shape(lambda: self._create(1))
-            told = self._lower(slots, config.shapes[-1]).compile().memory_analysis()
+            # On a GPU most of the time would go into trying out kernels, which need about as much as each other.
+            quickly = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+            told = self._lower(slots, config.shapes[-1]).compile(quickly).memory_analysis()
             return int(told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes)
 
         page_bytes = self._layout.page_bytes(config.page_size, config.kv_dtype or self._layout.dtype)

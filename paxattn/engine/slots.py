@@ -5,7 +5,6 @@ lacks, and draws another where none is lacking any more. So a chunk of a prompt,
 verified are the same thing, and rows of all kinds mix in one step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,7 +84,6 @@ class Shape(NamedTuple):
       ngram: see `look_up`.
       top: log-probabilities of how many tokens besides the drawn one.
       cached: whether full pages are held for a prefix index.
-      implementation: of paged_attention.
     """
 
     prefill: int
@@ -94,7 +92,6 @@ class Shape(NamedTuple):
     ngram: int
     top: int
     cached: bool
-    implementation: str | None
 
     @property
     def width(self) -> int:
@@ -191,8 +188,7 @@ def run(model: Model, params: Any, slots: Slots, limit: Array, idle: Array, *, s
         if not shape.drafts:
             return advance(shape, carry)
         wide = jnp.any(_guess(carry[1], shape)[2] > 0) | jnp.any(carry[1].lacking > 1)
-        carry = _once(~wide, partial(advance, shape._replace(drafts=0)), carry)
-        return _once(wide, partial(advance, shape), carry)
+        return lax.cond(wide, partial(advance, shape), partial(advance, shape._replace(drafts=0)), carry)
 
     steps, slots, log = lax.while_loop(goes_on, body, (jnp.int32(0), slots, nothing))
     table = slots.kv.table
@@ -208,23 +204,16 @@ def run(model: Model, params: Any, slots: Slots, limit: Array, idle: Array, *, s
     return slots, news
 
 
-def _once(wanted: Array, f: Callable[[Any], Any], carry: Any) -> Any:
-    """f(carry) where it is wanted, else carry: a loop, whose state stays in place, where lax.cond might copy pages."""
-    return lax.while_loop(lambda x: x[0], lambda x: (jnp.zeros((), bool), f(x[1])), (wanted, carry))[1]
-
-
 def step(model: Model, params: Any, slots: Slots, shape: Shape) -> tuple[Slots, Drawn]:
     """Feed what fits of the known tokens, draw where all are fed, end rows and give back their pages."""
     rows, width = len(slots.known), shape.width
     slots, drafts, guessed = _guess(slots, shape)
     room = rows * width + shape.prefill
     q_lens = guessed + _shares(slots, shape, room - jnp.sum(guessed, dtype=jnp.int32))
-    kv, ok = replace(slots.kv, implementation=shape.implementation).extend(
-        q_lens, num_tokens=room, max_q_len=None if shape.prefill else width
-    )
+    kv, ok = slots.kv.extend(q_lens, num_tokens=room, max_q_len=None if shape.prefill else width)
     batch: Batch = kv.batch  # type: ignore[assignment]
     hidden, kv = model(params, slots.tokens[batch.rows, batch.positions], batch.positions, kv)
-    kv = replace(kv.end_step(), implementation=slots.kv.implementation)
+    kv = kv.end_step()
 
     fed = ok & (q_lens > 0) & slots.running & (kv.lens == slots.known + guessed)
     draws = fed & ~slots.paused

@@ -1,6 +1,7 @@
 """KVPages: the pages of one layer, plain or compressed. Their layout is known here and in the kernels alone."""
 
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from math import gcd, prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from paxattn.kernels import xla_pages
 COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
 KEY_GROUP = 16
 TRIED_SCALES = 8
+SMALLEST_UNIT = 1e-30  # whose inverse is a number, and which as a scale, of float16, is 0
 LANES = 128  # of a TPU's registers
 
 
@@ -184,18 +186,29 @@ def _compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
     the best factor for the rounded numbers, so that little of the error lies along the vector itself.
     """
     most = COMPRESSED[dtype.name]
-    split = x.astype(jnp.float32).reshape(*x.shape[:2], groups, 1, x.shape[2] // groups)
-    tried = 2.0 ** (np.arange(TRIED_SCALES)[:, None] / TRIED_SCALES)
-    scale = jnp.max(jnp.abs(split), axis=-1, keepdims=True) / most * jnp.asarray(tried, jnp.float32)[None, None, None]
-    codes = split / jnp.where(scale > 0, scale, 1)
-    codes = jnp.clip(jnp.round(codes) if dtype == jnp.int8 else codes, -most, most).astype(dtype)
-    rounded = codes.astype(jnp.float32)
-    norm = jnp.sum(rounded * rounded, axis=-1)
-    scale = (jnp.sum(split * rounded, axis=-1) / jnp.where(norm > 0, norm, 1)).astype(jnp.float16)
-    error = jnp.sum((rounded * scale.astype(jnp.float32)[..., None] - split) ** 2, axis=-1)
-    best = jnp.argmin(error, axis=-1, keepdims=True)
-    codes = jnp.take_along_axis(codes, best[..., None], axis=-2)
-    return codes.reshape(x.shape), jnp.take_along_axis(scale, best, axis=-1)[..., 0]
+    split = x.astype(jnp.float32).reshape(*x.shape[:2], groups, x.shape[2] // groups)
+    largest = jnp.max(jnp.abs(split), axis=-1)
+
+    def rounded(unit: Array) -> Array:
+        """x in that unit, as the dtype has it."""
+        scaled = jnp.clip(split * jnp.where(unit > SMALLEST_UNIT, 1 / unit, 0)[..., None], -most, most)
+        return jnp.round(scaled) if dtype == jnp.int8 else scaled.astype(dtype)
+
+    def of_unit(unit: Array) -> tuple[Array, ...]:
+        """The squared error but for what all have in common, the scale and the unit."""
+        codes = rounded(unit).astype(jnp.float32)
+        norm, product = jnp.sum(codes * codes, axis=-1), jnp.sum(codes * split, axis=-1)
+        scale = (product / jnp.where(norm > 0, norm, 1)).astype(jnp.float16)
+        return scale.astype(jnp.float32) * (scale.astype(jnp.float32) * norm - 2 * product), scale, unit
+
+    # One after another, so that of what is tried nothing of the size of x is kept.
+    tried = (of_unit(largest * jnp.float32(2 ** (i / TRIED_SCALES) / most)) for i in range(TRIED_SCALES))
+
+    def better(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(jnp.where(other[0] < one[0], y, x) for x, y in zip(one, other, strict=True))
+
+    _, scale, unit = reduce(better, tried)
+    return rounded(unit).astype(dtype).reshape(x.shape), scale
 
 
 def copy_pages(pages: KVPages, src: Int[Array, "F"], dst: Int[Array, "F"]) -> KVPages:

@@ -58,7 +58,7 @@ def swap_in(store: PagedKV, swapped: SwappedRow, row: int) -> tuple[PagedKV, boo
     _check_kind(store, swapped)
     layers = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), swapped.layers, store.layers)
     store, ok = _put(store, layers, row, swapped.length, swapped.dropped)
-    return store, bool(ok)
+    return store, bool(jax.device_get(ok))
 
 
 def _check(store: PagedKV, row: int) -> None:

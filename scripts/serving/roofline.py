@@ -10,6 +10,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from models.config import Config
+from scripts.attention.measuring import time_in_turns
 from scripts.serving.workloads import Workload
 
 
@@ -22,7 +23,7 @@ class Rates:
 
 
 def measured(dtype: Any) -> Rates:
-    """What it keeps up: a GPU that has multiplied for a second has not the power for the first milliseconds' rate."""
+    """Products as long as they go on: a GPU that has multiplied for a second lacks the power for the rate before."""
     big = jax.default_backend() == "gpu"
     x = jnp.ones(2**30 if big else 2**25, jnp.bfloat16)
     n = 8192 if big else 1024
@@ -30,7 +31,8 @@ def measured(dtype: Any) -> Rates:
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)
     read = jax.jit(lambda x: x.astype(jnp.float32).sum()).lower(x).compile()
     compute = jax.jit(lambda a: a @ a).lower(a).compile()
-    return Rates(x.nbytes / kept_up(read, x), 2 * n**3 / kept_up(compute, a))
+    reads = time_in_turns({"read": read}, {"read": (x,)}, 3, 5)["read"]
+    return Rates(x.nbytes / (reads.kernel_ms or reads.wall_ms) * 1e3, 2 * n**3 / kept_up(compute, a))
 
 
 def kept_up(run: Compiled, x: jax.Array) -> float:
