@@ -36,6 +36,18 @@ ALLOWED = {
     "paxattn/kv/prefix.py": ("paxattn.checks",),
     "paxattn/snapshot.py": ("paxattn.checks", "paxattn.damage"),
     "paxattn/engine/scheduler.py": ("paxattn.kv.prefix",),
+    "paxattn/engine/edits.py": ("paxattn.engine.rules", "paxattn.engine.scheduler", "paxattn.engine.slots"),
+    "paxattn/engine/program_file.py": (),
+    "paxattn/engine/programs.py": (
+        "paxattn.engine.config",
+        "paxattn.engine.edits",
+        "paxattn.engine.generate",
+        "paxattn.engine.memory",
+        "paxattn.engine.program_file",
+        "paxattn.engine.scheduler",
+        "paxattn.engine.slots",
+        "paxattn.kv",
+    ),
     "paxattn/engine": ("paxattn.checks", "paxattn.kv", "paxattn.engine"),
     "models": ("models", "paxattn.damage"),
 }

@@ -32,8 +32,7 @@ from paxattn import (
     dispatch,
     generate,
 )
-from paxattn.engine import edits, memory, programs, slots
-from paxattn.engine import engine as engine_module
+from paxattn.engine import edits, memory, program_file, programs, slots
 from paxattn.engine.engine import BrokenEngineError
 from paxattn.engine.interrupts import postponed
 from scripts.profile_decode import host_operations, page_copies
@@ -182,7 +181,7 @@ def test_nothing_is_compiled_after_warmup_and_nothing_read_inside_the_loop(tiny,
     # So many pages that no other array of a step is as large.
     large = jax.eval_shape(lambda: served._create(4096))
     for shape in (config.shapes[0], config.shapes[-1]):
-        program = served._lower(large, shape).compile().as_text()
+        program = served._programs.lower(shape, served.params, large).compile().as_text()
         assert host_operations(program) == []
         assert page_copies(program, large.kv.layers[0].k.size) == []
 
@@ -198,7 +197,7 @@ def test_programs_are_kept_in_a_file(tiny, alone, monkeypatch, tmp_path, rng):
     second = Engine(*tiny, config)
     prompt = rng.integers(0, TINY.vocab_size, 30).tolist()
     with monkeypatch.context() as patch:
-        for module, name in ((engine_module, "run"), (edits, "apply"), (edits, "fork")):
+        for module, name in ((programs, "run"), (edits, "apply"), (edits, "fork")):
             patch.setattr(module, name, None)
         second.restore(file)
         [one] = second.generate([prompt], GenerationParams(max_new_tokens=12))
@@ -256,7 +255,7 @@ def test_an_engine_is_as_it_was_after_programs_that_do_not_run(tiny, alone, monk
             x.delete()
         raise jax.errors.JaxRuntimeError("INTERNAL: Function sort not found")
 
-    monkeypatch.setattr(programs, "load", lambda path, about, trees: dict.fromkeys(trees, lambda *x: fail(x[1])))
+    monkeypatch.setattr(program_file, "load", lambda path, about, trees: dict.fromkeys(trees, lambda *x: fail(x[1])))
     with pytest.raises(ValueError, match=r"programs\.zip: programs that do not run here .*sort not found"):
         served.restore(file)
     assert served.generate([prompt], GenerationParams(6))[0].ids == want

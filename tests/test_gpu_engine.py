@@ -91,7 +91,7 @@ def test_the_loop_stays_on_the_gpu(model, rng):
     """The host gets what a loop tells, once, however many steps it took; no page is copied."""
     served = Engine(*model, EngineConfig(**SIZES | dict(decode_steps=64, num_pages=1024), implementation="mosaic_gpu"))
     served.warmup()
-    for program in served._programs.values():
+    for program in served._programs.compiled.values():
         text = program.as_text()
         assert page_copies(text, served._slots.kv.layers[0].k.size) == []
         assert host_operations(text) == []

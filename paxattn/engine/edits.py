@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from paxattn.engine.rules import Rules
+from paxattn.engine.scheduler import Request
 from paxattn.engine.slots import IDLE, RUNNING, Slots
 
 
@@ -52,6 +53,18 @@ class Admission:
     order: int
     paused: bool
     rules: Rules
+
+    @classmethod
+    def of(cls, request: Request, pages: Sequence[int]) -> "Admission":
+        """Of a request that was given a row, and found these full pages there already."""
+        rules = replace(request.options.rules, stream=request.options.index)
+        order = max(-(2**31), min(2**31 - 1, request.key[0]))
+        return cls(row_of(request), request.tokens, pages, order, bool(request.twins), rules)
+
+
+def row_of(request: Request) -> int:
+    assert request.row is not None
+    return request.row
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,24 @@ def _pack(room: Room, like: Slots, drop: Sequence[int], let_go: Sequence[int], g
 
 def _padded(x: np.ndarray, size: int, fill: int) -> np.ndarray:
     return np.concatenate([x, np.full((size - len(x), *x.shape[1:]), fill, x.dtype)])
+
+
+def empty(room: Room, like: Slots, size: int) -> Edit:
+    """An edit that changes nothing, of so many tokens."""
+    [edit] = pack(room, like, [], [], [])
+    return replace(edit, tokens=np.zeros(size, np.int32))
+
+
+def pack_forks(like: Slots, forks: Sequence[tuple[Request, list[Request]]]) -> tuple[np.ndarray, ...]:
+    """What `fork` takes besides the slots, of the requests that are forked from, and those that go on from each."""
+    rows = like.kv.max_seqs
+    wakes, dst = np.zeros(rows, bool), np.full(rows, -1, np.int32)
+    src, streams = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    wakes[[row_of(one) for one, _ in forks]] = True
+    pairs = [(one, twin) for one, twins in forks for twin in twins]
+    for i, (one, twin) in enumerate(pairs):
+        src[i], dst[i], streams[i] = row_of(one), row_of(twin), twin.options.index
+    return wakes, src, dst, streams
 
 
 @partial(jax.jit, donate_argnames="slots")

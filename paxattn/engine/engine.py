@@ -8,33 +8,28 @@ The host is always one loop late. Where that matters (a row found no page), it w
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.stages import Compiled
 
 from paxattn import checks
-from paxattn.engine import edits, memory, programs
+from paxattn.engine import memory, program_file, records
 from paxattn.engine.config import EngineConfig
+from paxattn.engine.edits import Admission, row_of
 from paxattn.engine.generate import Generation, Model, check_prompts
 from paxattn.engine.interrupts import postponed
 from paxattn.engine.meter import Meter
-from paxattn.engine.params import GenerationParams, InvalidParamsError, Limits, check_prompt
-from paxattn.engine.records import Job, Stats, TokenLogprob, Update, tell
+from paxattn.engine.params import GenerationParams, Limits
+from paxattn.engine.programs import Programs
+from paxattn.engine.records import Job, Stats, TokenLogprob, Update
 from paxattn.engine.scheduler import Plan, Request, Scheduler
-from paxattn.engine.slots import REASONS, RUNNING, News, Shape, Slots, run
+from paxattn.engine.slots import REASONS, RUNNING, News, Slots
 from paxattn.kv.prefix import PrefixIndex
-from paxattn.kv.stores import PagedKV
 from paxattn.kv.swap import swap_in, swap_out
-
-PREFILL_STEPS = 4  # of a loop: a host that takes longer for a plan than a small model for a step still keeps up
 
 
 @dataclass(frozen=True)
@@ -89,11 +84,11 @@ class Engine:
         self._layout = layout
         texts = detokenize is not None
         self._limits = Limits(layout.vocabulary, config.max_stop_ids, config.max_logit_bias, config.max_logprobs, texts)
-        self._room = edits.Room.of(config.max_seqs, config.max_len)
-        self.num_pages = self._num_pages()
+        self._programs = Programs(model, config)
+        workspace = lambda: self._programs.workspace(params, jax.eval_shape(lambda: self._create(1)))
+        self.num_pages = memory.num_pages(layout, config, workspace)
         self._slots = self._new_slots()
         index = PrefixIndex(config.page_size) if config.prefix_cache else None
-        self._programs: dict[Hashable, Compiled] = {}
         self._scheduler = Scheduler(
             num_pages=self.num_pages,
             page_size=config.page_size,
@@ -126,7 +121,7 @@ class Engine:
         Args:
           progress: called with how many programs are ready, of how many.
         """
-        self._take_over(programs.compile_all(self._lowered(), progress, len(self._trees())))
+        self._take_over(self._programs.compile(self.params, self._slots, progress))
 
     def export(self, path: str | os.PathLike) -> None:
         """Write what `warmup` has compiled to a file, from which `restore` takes it instead.
@@ -134,8 +129,8 @@ class Engine:
         Raises:
           ValueError: there was no `warmup`, or its programs cannot be written any more; the message says what to do.
         """
-        checks.require(bool(self._programs), "export", "an engine without programs", "one after warmup")
-        programs.save(Path(path), self._facts(), self._programs)
+        checks.require(bool(self._programs.compiled), "export", "an engine without programs", "one after warmup")
+        self._programs.save(Path(path), self.params, self._slots)
 
     def restore(self, path: str | os.PathLike) -> None:
         """Instead of `warmup`: take the programs that the same engine has exported on such a device.
@@ -149,8 +144,8 @@ class Engine:
             the message says which.
         """
         checks.require(not self.busy, "restore", "an engine with steps to take", "one that is not busy")
-        loaded = programs.load(Path(path), self._facts(), self._trees())
-        with programs.readable(Path(path)):
+        loaded = self._programs.load(Path(path), self.params, self._slots)
+        with program_file.readable(Path(path)):
             self._take_over(loaded)
 
     def add_request(self, prompt: Sequence[int], params: GenerationParams | None = None) -> int:
@@ -162,7 +157,8 @@ class Engine:
           ValueError: prompt is not a sequence of token ids.
         """
         self._check_whole()
-        samples = self._samples(prompt, GenerationParams() if params is None else params)
+        params = GenerationParams() if params is None else params
+        samples = records.samples(self._next_id, prompt, params, self._limits, self._slots.rules)
         # What is shorter than a page shares none.
         if len(samples[0].prompt) > self.config.page_size:
             samples[0].twins = samples[1:]
@@ -175,24 +171,6 @@ class Engine:
             self._next_id += 1
             self._live[number] = samples
         return number
-
-    def _samples(self, prompt: Sequence[int], params: GenerationParams) -> list[Request]:
-        if not isinstance(params, GenerationParams):
-            raise InvalidParamsError(f"params: got {params!r}, must be a GenerationParams or None")
-        ids = check_prompt(prompt, self._limits.vocabulary)
-        # From here on what was checked is what runs, whatever the caller does with what was given.
-        params = params.checked(self._limits)
-        rules = params.rules(self._slots.rules, len(ids))
-        return [
-            Request(
-                prompt=ids,
-                max_new_tokens=params.max_new_tokens,
-                priority=params.priority,
-                salt=params.salt,
-                options=Job(self._next_id, index, params, rules),
-            )
-            for index in range(params.num_samples)
-        ]
 
     def cancel(self, number: int) -> None:
         """End a request; its pages go back before the next loop. Nothing more is told of it.
@@ -320,76 +298,14 @@ class Engine:
             preempted=scheduler.num_preempted,
         )
 
-    def _num_pages(self) -> int:
-        config = self.config
-        if config.num_pages != "auto":
-            return config.num_pages
-        most = config.max_seqs * -(-config.max_len // config.page_size)
-
-        def workspace() -> int:
-            slots = jax.eval_shape(lambda: self._create(1))
-            # On a GPU most of the time would go into trying out kernels, which need about as much as each other.
-            quickly = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
-            told = self._lower(slots, config.shapes[-1]).compile(quickly).memory_analysis()
-            return int(told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes)
-
-        page_bytes = self._layout.page_bytes(config.page_size, config.kv_dtype or self._layout.dtype)
-        return memory.room_for_pages(most, page_bytes, config.memory_fraction, workspace)
-
     def _new_slots(self) -> Slots:
         # Bound to its device from the start, as what comes back from a swap is: jit tells the two kinds apart.
         device = next(iter(jax.tree.leaves(self.params)[0].devices()))
         return jax.device_put(self._create(self.num_pages), device)
 
     def _create(self, num_pages: int) -> Slots:
-        config, layout = self.config, self._layout
-        # Guesses count as stored until they are found wrong, so that pages go back as many tokens too early.
-        window = None if layout.window is None else layout.window + config.draft_tokens
-        kv = PagedKV.create(
-            layout.num_layers,
-            layout.num_kv_heads,
-            layout.head_dim,
-            max_seqs=config.max_seqs,
-            max_len=config.max_len,
-            page_size=config.page_size,
-            num_pages=num_pages,
-            dtype=config.kv_dtype or layout.dtype,
-            implementation=config.implementation,
-            window=window,
-        )
-        return Slots.create(kv, config.max_stop_ids, config.max_logit_bias)
-
-    def _lower(self, slots: Slots, shape: Shape) -> Any:
-        return run.lower(self.model, self.params, slots, np.int32(0), np.int32(0), shape=shape)
-
-    def _lowered(self) -> Iterator[tuple[Hashable, Any]]:
-        """All programs, those first that take longest to compile."""
-        for shape in reversed(self.config.shapes):
-            yield shape, self._lower(self._slots, shape)
-        for size in self._room.tokens:
-            yield size, edits.apply.lower(self._slots, self._empty_edit(size))
-        yield "fork", edits.fork.lower(self._slots, *self._forks([]))
-
-    def _trees(self) -> dict[Hashable, tuple[Any, Any]]:
-        """The structures of what all programs take and return, by the names of `_lowered`."""
-
-        def trees(result: Any, *args: Any) -> tuple[Any, Any]:
-            return jax.tree.structure((args, {})), jax.tree.structure(result)
-
-        leaves: dict[str, Any] = dict.fromkeys(News.__dataclass_fields__, 0)
-        slots, news = self._slots, News(**leaves)
-        told = {shape: trees((slots, news), self.params, slots, 0, 0) for shape in self.config.shapes}
-        edited = {size: trees(slots, slots, self._empty_edit(size)) for size in self._room.tokens}
-        return told | edited | {"fork": trees(slots, slots, *self._forks([]))}
-
-    def _facts(self) -> dict[str, str]:
-        kinds = jax.tree.map(lambda x: jax.typeof(x).str_short(), self.params)
-        model = f"{type(self.model).__qualname__} {memory.digest(self.model, self.params)}"
-        return programs.facts(config=self.config, num_pages=self.num_pages, model=model, params=kinds)
-
-    def _empty_edit(self, size: int) -> edits.Edit:
-        [edit] = edits.pack(self._room, self._slots, [], [], [])
-        return replace(edit, tokens=np.zeros(size, np.int32))
+        config = self.config
+        return Slots.create(self._layout.store(config, num_pages), config.max_stop_ids, config.max_logit_bias)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -411,30 +327,16 @@ class Engine:
         plan = self._scheduler.plan(ahead, self.config.decode_steps * width)
         self._carry_out(plan)
         running = dict(self._scheduler.running)
-        shape, steps, fed = self._choose(running)
+        lacking = [one.known - one.stored for one in running.values()]
+        shape, steps, fed = self._programs.choose(lacking, sum(flight.fed for flight in self._flights))
         idle = self.config.max_seqs - (len(running) if self._scheduler.waiting else 0)
         under_way, start = not all(flight.news.steps.is_ready() for flight in self._flights), time.perf_counter()
-        program = self._programs.get(shape) or partial(run, self.model, shape=shape)
-        self._slots, news = program(self.params, self._slots, np.int32(steps), np.int32(idle))
+        self._slots, news = self._programs.loop(shape, self.params, self._slots, steps, idle)
         self._meter.launch(start, under_way)
         with jax.transfer_guard_device_to_host("allow"):  # Of this copy a user who forbids them knows nothing.
             for x in jax.tree.leaves(news):
                 x.copy_to_host_async()
         self._flights.append(_Flight(news, running, steps, fed, start))
-
-    def _choose(self, running: dict[int, Request]) -> tuple[Shape, int, int]:
-        """The program for what is left to feed, how many steps of it, and what they feed of prompts at least."""
-        decode, *mixed = self.config.shapes
-        lacking = [one.known - one.stored for one in running.values()]
-        left = sum(n for n in lacking if n > decode.width) - sum(flight.fed for flight in self._flights)
-        if left <= 0:
-            return decode, self.config.decode_steps, 0
-        # The largest that is filled: places that nobody has a token for cost as much as others, and what is left for
-        # the next step does not hold up decode.
-        shape = next((shape for shape in reversed(mixed) if shape.prefill <= left), mixed[0])
-        # More than one step only while more than these is left for certain, so that the next choice is as good.
-        steps = max(1, min(PREFILL_STEPS, self.config.decode_steps, left // (2 * shape.prefill)))
-        return shape, steps, min(left, shape.prefill)
 
     def _carry_out(self, plan: Plan) -> None:
         if self.config.preemption == "swap":
@@ -444,40 +346,22 @@ class Engine:
         drop = plan.dropped + [row for _, row in plan.preempted]
         returning = [request for request, _ in plan.admitted if request.swapped is not None]
         if returning:
-            self._edit(drop, plan.let_go, [])
+            self._slots = self._programs.edit(self._slots, drop, plan.let_go, [])
             for request in returning:
                 self._bring_back(request)
             drop, plan.let_go = [], []
         if drop or plan.let_go or plan.admitted:
-            self._edit(drop, plan.let_go, [self._admission(request, pages) for request, pages in plan.admitted])
+            admitted = [Admission.of(request, pages) for request, pages in plan.admitted]
+            self._slots = self._programs.edit(self._slots, drop, plan.let_go, admitted)
         if plan.forks:
-            self._slots = self._programs.get("fork", edits.fork)(self._slots, *self._forks(plan.forks))
-
-    def _edit(self, drop: list[int], let_go: list[int], admitted: list[edits.Admission]) -> None:
-        for edit in edits.pack(self._room, self._slots, drop, let_go, admitted):
-            self._slots = self._programs.get(len(edit.tokens), edits.apply)(self._slots, edit)
+            self._slots = self._programs.fork(self._slots, plan.forks)
 
     def _bring_back(self, request: Request) -> None:
-        kv, fits = swap_in(self._slots.kv, request.swapped, _row(request))
+        kv, fits = swap_in(self._slots.kv, request.swapped, row_of(request))
         self._slots = replace(self._slots, kv=kv)
         # Where it does not fit, the row is empty, and what it held is computed again.
         request.stored = request.swapped.length if fits else 0
         request.swapped = None
-
-    def _admission(self, request: Request, pages: tuple[int, ...]) -> edits.Admission:
-        rules = replace(request.options.rules, stream=request.options.index)
-        order = max(-(2**31), min(2**31 - 1, request.key[0]))
-        return edits.Admission(_row(request), request.tokens, pages, order, bool(request.twins), rules)
-
-    def _forks(self, forks: list[tuple[Request, list[Request]]]) -> tuple[np.ndarray, ...]:
-        rows = self.config.max_seqs
-        wakes, dst = np.zeros(rows, bool), np.full(rows, -1, np.int32)
-        src, streams = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        wakes[[_row(one) for one, _ in forks]] = True
-        pairs = [(one, twin) for one, twins in forks for twin in twins]
-        for i, (one, twin) in enumerate(pairs):
-            src[i], dst[i], streams[i] = _row(one), _row(twin), twin.options.index
-        return wakes, src, dst, streams
 
     def _collect(self, keep: int) -> None:
         """Look at the loops under way, oldest first, until only `keep` are left."""
@@ -498,24 +382,24 @@ class Engine:
         drawn = news.tokens[: news.steps].swapaxes(0, 1).reshape(self.config.max_seqs, -1)
         for row, request in flight.rows.items():
             if request.row != row or request.ended is not None:
-                self._let_go_offers(row, news)
+                self._offer(None, row, news)
                 continue
             ids = [token for token in drawn[row].tolist() if token >= 0]
             request.output += ids
             request.stored = int(news.lens[row])
-            self._offer(request, row, int(news.begun[row]), news)
-            self._offer(request, row, int(news.ended[row]), news)
+            self._offer(request, row, news)
             reason = REASONS[news.state[row]] if news.state[row] > RUNNING else None
             if reason is not None:
                 self._scheduler.end(request, reason)
-            self._untold.append(_Drawn(request, ids, reason, self._logprobs(request, row, news)))
+            logprobs = records.token_logprobs(news, row, request.options.params.logprobs)
+            self._untold.append(_Drawn(request, ids, reason, logprobs))
 
     def _tell(self) -> None:
         """Make Updates of what was drawn. One is left aside only where it raises, and ends its request."""
         while self._untold:
             request, ids, reason, logprobs = self._untold.popleft()
             try:
-                update = tell(request, ids, reason, self.detokenize, logprobs)
+                update = records.tell(request, ids, reason, self.detokenize, logprobs)
             except BaseException:
                 self._end(request, "failed")
                 raise
@@ -538,60 +422,23 @@ class Engine:
         if all(one.ended is not None for one in self._live.get(number, ())):
             self._live.pop(number, None)
 
-    def _offer(self, request: Request, row: int, count: int, news: News) -> None:
-        if count:
-            tokens = request.tokens[: count * self.config.page_size]
-            self._scheduler.offer(request, tokens, news.pages[row, :count].tolist())
-
-    def _let_go_offers(self, row: int, news: News) -> None:
+    def _offer(self, request: Request | None, row: int, news: News) -> None:
         for count in (int(news.begun[row]), int(news.ended[row])):
-            self._scheduler.offer(None, [], news.pages[row, :count].tolist())
+            if count:
+                tokens = request.tokens[: count * self.config.page_size] if request is not None else []
+                self._scheduler.offer(request, tokens, news.pages[row, :count].tolist())
 
-    def _logprobs(self, request: Request, row: int, news: News) -> list[TokenLogprob] | None:
-        top = request.options.params.logprobs
-        if top is None:
-            return None
-        at = np.argwhere(news.tokens[: news.steps, row] >= 0)
-        told = []
-        for step, place in at.tolist():
-            ids, values = news.top_ids[step, row, place, :top], news.top_logprobs[step, row, place, :top]
-            best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-            told.append(TokenLogprob(float(news.logprobs[step, row, place]), best))
-        return told
-
-    def _take_over(self, made: dict[Hashable, Compiled]) -> None:
+    def _take_over(self, made: Programs) -> None:
         """Use these programs from now on, if they run."""
         if not self.busy:
             try:
-                self._rehearse(made)
+                self._slots = made.rehearse(self.params, self._slots)
             except BaseException:
                 # The pages were given to a program that did not give them back.
                 self._slots = self._new_slots()
                 self._scheduler.forget_prefixes()
                 raise
-        self._programs |= made
-
-    def _rehearse(self, made: dict[Hashable, Compiled]) -> None:
-        """Run every program, of no rows: in its first run a GPU is told of it, which takes as long as many steps.
-
-        Where rows may be swapped, swap an empty one of each size out and in, as that compiles what it takes.
-        """
-        for shape in self.config.shapes:
-            self._slots, _ = made[shape](self.params, self._slots, np.int32(1), np.int32(0))
-        for size in self._room.tokens:
-            self._slots = made[size](self._slots, self._empty_edit(size))
-        self._slots = jax.block_until_ready(made["fork"](self._slots, *self._forks([])))
-        if self.config.preemption != "swap":
-            return
-        table = self._slots.kv.table
-        longest = min(self.num_pages, table.page_table.shape[1])
-        grow = jax.jit(_grow, donate_argnums=0)
-        for count in [*(2**i for i in range(longest.bit_length())), longest]:
-            kv = grow(self._slots.kv, jnp.int32(count * table.page_size))
-            kv, swapped = swap_out(kv, 0)
-            kv, _ = swap_in(kv, swapped, 0)
-            kv, _ = swap_out(kv, 0)
-            self._slots = replace(self._slots, kv=kv)
+        self._programs = made
 
 
 class BrokenEngineError(RuntimeError):
@@ -600,13 +447,3 @@ class BrokenEngineError(RuntimeError):
 
 class UnknownRequestError(LookupError):
     """No request of that id is waiting or running."""
-
-
-def _row(request: Request) -> int:
-    assert request.row is not None
-    return request.row
-
-
-def _grow(kv: PagedKV, length: jax.Array) -> PagedKV:
-    kv, _ = kv.extend(jnp.zeros(kv.max_seqs, jnp.int32).at[0].set(length), num_tokens=1)
-    return kv.end_step()

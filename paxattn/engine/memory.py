@@ -13,8 +13,10 @@ import numpy as np
 from jax import Array
 
 from paxattn import checks
+from paxattn.engine.config import EngineConfig
 from paxattn.engine.generate import Model
 from paxattn.kv.pages import init_pages
+from paxattn.kv.stores import PagedKV
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,22 @@ class Layout:
     def page_bytes(self, page_size: int, dtype: Any) -> int:
         pages = jax.eval_shape(lambda: init_pages(1, page_size, self.num_kv_heads, self.head_dim, dtype))
         return self.num_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+
+    def store(self, config: EngineConfig, num_pages: int) -> PagedKV:
+        # Guesses count as stored until they are found wrong, so that pages go back as many tokens too early.
+        window = None if self.window is None else self.window + config.draft_tokens
+        return PagedKV.create(
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            max_seqs=config.max_seqs,
+            max_len=config.max_len,
+            page_size=config.page_size,
+            num_pages=num_pages,
+            dtype=config.kv_dtype or self.dtype,
+            implementation=config.implementation,
+            window=window,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +112,15 @@ def digest(model: Model, params: Any) -> str:
     text = f"{told} {jax.tree.structure(results)}"
     constants = [np.asarray(x).tobytes() for x in told.consts]
     return hashlib.sha256(b"".join([re.sub(r" at 0x\w+", "", text).encode(), *constants])).hexdigest()
+
+
+def num_pages(layout: Layout, config: EngineConfig, workspace: Callable[[], int]) -> int:
+    """As many as config says, or "auto": what `room_for_pages` finds for rows as long as they may get."""
+    if config.num_pages != "auto":
+        return config.num_pages
+    most = config.max_seqs * -(-config.max_len // config.page_size)
+    page_bytes = layout.page_bytes(config.page_size, config.kv_dtype or layout.dtype)
+    return room_for_pages(most, page_bytes, config.memory_fraction, workspace)
 
 
 def room_for_pages(most: int, page_bytes: int, fraction: float, workspace: Callable[[], int]) -> int:

@@ -1,31 +1,151 @@
-"""An engine's programs: compiled side by side, and kept in a file for the next process."""
+"""The programs that an engine runs on its slots: compiled ahead, or by jit where one is called that was not."""
 
-import hashlib
-import importlib
-import json
-import os
-import pickle
-import zipfile
-import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import serialize_executable
+import jax.numpy as jnp
+import numpy as np
 from jax.stages import Compiled, Lowered
 
-ABOUT = "about.json"
-UNREADABLE = (
-    *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, json.JSONDecodeError, pickle.UnpicklingError),
-    jax.errors.JaxRuntimeError,
-)
+from paxattn.engine import edits, memory, program_file
+from paxattn.engine.config import EngineConfig
+from paxattn.engine.generate import Model
+from paxattn.engine.scheduler import Request
+from paxattn.engine.slots import News, Shape, Slots, run
+from paxattn.kv.stores import PagedKV
+from paxattn.kv.swap import swap_in, swap_out
+
+PREFILL_STEPS = 4  # of a loop: a host that takes longer for a plan than a small model for a step still keeps up
 
 
-def compile_all(
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """A loop of each shape, an edit of each size, and forks. Each takes the slots (donated) and returns new ones.
+
+    Fields:
+      model, config: the engine's.
+      compiled: all of them or none; loops are known by their shapes, edits by their sizes.
+    """
+
+    model: Model
+    config: EngineConfig
+    compiled: Mapping[Hashable, Compiled] = field(default_factory=dict)
+
+    def choose(self, lacking: Sequence[int], under_way: int) -> tuple[Shape, int, int]:
+        """The loop for what rows lack, how many steps of it, and what they feed of prompts at least.
+
+        Args:
+          lacking: tokens that the store does not have, of each running row, as last told.
+          under_way: how many of prompts are being fed already.
+        """
+        decode, *mixed = self.config.shapes
+        left = sum(n for n in lacking if n > decode.width) - under_way
+        if left <= 0:
+            return decode, self.config.decode_steps, 0
+        # The largest that is filled: places that nobody has a token for cost as much as others, and what is left for
+        # the next step does not hold up decode.
+        shape = next((shape for shape in reversed(mixed) if shape.prefill <= left), mixed[0])
+        # More than one step only while more than these is left for certain, so that the next choice is as good.
+        steps = max(1, min(PREFILL_STEPS, self.config.decode_steps, left // (2 * shape.prefill)))
+        return shape, steps, min(left, shape.prefill)
+
+    def loop(self, shape: Shape, params: Any, slots: Slots, limit: int, idle: int) -> tuple[Slots, News]:
+        """See `slots.run`."""
+        program = self.compiled.get(shape) or partial(run, self.model, shape=shape)
+        return program(params, slots, np.int32(limit), np.int32(idle))
+
+    def edit(
+        self, slots: Slots, drop: Sequence[int], let_go: Sequence[int], admitted: Sequence[edits.Admission]
+    ) -> Slots:
+        """In as many edits as it takes: rows are emptied, pages let go, and rows admitted."""
+        for edit in edits.pack(self._room, slots, drop, let_go, admitted):
+            slots = self.compiled.get(len(edit.tokens), edits.apply)(slots, edit)
+        return slots
+
+    def fork(self, slots: Slots, forks: Sequence[tuple[Request, list[Request]]]) -> Slots:
+        """Requests whose prompts are stored go on, and their twins from there."""
+        return self.compiled.get("fork", edits.fork)(slots, *edits.pack_forks(slots, forks))
+
+    def lower(self, shape: Shape, params: Any, slots: Slots) -> Lowered:
+        return run.lower(self.model, params, slots, np.int32(0), np.int32(0), shape=shape)
+
+    def workspace(self, params: Any, slots: Slots) -> int:
+        """Bytes that the largest loop takes besides what it is given. It is compiled to find out."""
+        # On a GPU most of the time would go into trying out kernels, which need about as much as each other.
+        quickly = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+        told: Any = self.lower(self.config.shapes[-1], params, slots).compile(quickly).memory_analysis()
+        return int(told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes)
+
+    def compile(self, params: Any, slots: Slots, progress: Callable[[int, int], None] | None) -> "Programs":
+        """With all of them compiled, for such arguments."""
+        made = _compile_all(self._lowered(params, slots), progress, len(self._trees(params, slots)))
+        return replace(self, compiled=made)
+
+    def save(self, path: Path, params: Any, slots: Slots) -> None:
+        """Write what is compiled to a file.
+
+        Raises:
+          ValueError: see `program_file.save`.
+        """
+        program_file.save(path, self._facts(params, slots), self.compiled)
+
+    def load(self, path: Path, params: Any, slots: Slots) -> "Programs":
+        """With those that were saved.
+
+        Raises:
+          ValueError: see `program_file.load`.
+        """
+        loaded = program_file.load(path, self._facts(params, slots), self._trees(params, slots))
+        return replace(self, compiled=loaded)
+
+    def rehearse(self, params: Any, slots: Slots) -> Slots:
+        """Run each, of no rows: in its first run a GPU is told of a program, which takes as long as many steps.
+
+        Where rows may be swapped, what that takes is compiled, too.
+        """
+        for shape in self.config.shapes:
+            slots, _ = self.compiled[shape](params, slots, np.int32(1), np.int32(0))
+        for size in self._room.tokens:
+            slots = self.compiled[size](slots, edits.empty(self._room, slots, size))
+        slots = jax.block_until_ready(self.compiled["fork"](slots, *edits.pack_forks(slots, [])))
+        return replace(slots, kv=_swap_each_size(slots.kv)) if self.config.preemption == "swap" else slots
+
+    @property
+    def _room(self) -> edits.Room:
+        return edits.Room.of(self.config.max_seqs, self.config.max_len)
+
+    def _lowered(self, params: Any, slots: Slots) -> Iterator[tuple[Hashable, Lowered]]:
+        """All by name, those first that take longest to compile."""
+        for shape in reversed(self.config.shapes):
+            yield shape, self.lower(shape, params, slots)
+        for size in self._room.tokens:
+            yield size, edits.apply.lower(slots, edits.empty(self._room, slots, size))
+        yield "fork", edits.fork.lower(slots, *edits.pack_forks(slots, []))
+
+    def _trees(self, params: Any, slots: Slots) -> dict[Hashable, tuple[Any, Any]]:
+        """The structures of what all take and return, by the names of `_lowered`."""
+
+        def trees(result: Any, *args: Any) -> tuple[Any, Any]:
+            return jax.tree.structure((args, {})), jax.tree.structure(result)
+
+        leaves: dict[str, Any] = dict.fromkeys(News.__dataclass_fields__, 0)
+        told = {shape: trees((slots, News(**leaves)), params, slots, 0, 0) for shape in self.config.shapes}
+        edited = {size: trees(slots, slots, edits.empty(self._room, slots, size)) for size in self._room.tokens}
+        return told | edited | {"fork": trees(slots, slots, *edits.pack_forks(slots, []))}
+
+    def _facts(self, params: Any, slots: Slots) -> dict[str, str]:
+        kinds = jax.tree.map(lambda x: jax.typeof(x).str_short(), params)
+        model = f"{type(self.model).__qualname__} {memory.digest(self.model, params)}"
+        num_pages = slots.kv.table.num_pages
+        return program_file.facts(config=self.config, num_pages=num_pages, model=model, params=kinds)
+
+
+def _compile_all(
     lowered: Iterable[tuple[Hashable, Lowered]], progress: Callable[[int, int], None] | None, total: int
 ) -> dict[Hashable, Compiled]:
     """Compile `total` programs by name. Those that come first are compiled while Python lowers the others."""
@@ -39,99 +159,19 @@ def compile_all(
     return programs
 
 
-def facts(**of_engine: Any) -> dict[str, str]:
-    """What compiled programs hold for: of the engine, and of where they are compiled."""
-    device = jax.devices()[0]
-    where = dict(
-        paxattn=_sources(),
-        jax=jax.__version__,
-        device=device.device_kind,
-        XLA_FLAGS=os.environ.get("XLA_FLAGS", ""),
-        jax_default_matmul_precision=jax.config.jax_default_matmul_precision,
-        jax_enable_x64=jax.config.jax_enable_x64,
-    )
-    return {name: _told(x) for name, x in (where | of_engine).items()}
+def _swap_each_size(kv: PagedKV) -> PagedKV:
+    """Swap an empty row of each size out and in, as that compiles what it takes."""
+    table = kv.table
+    longest = min(table.num_pages, table.page_table.shape[1])
+    grow = jax.jit(_grow, donate_argnums=0)
+    for count in [*(2**i for i in range(longest.bit_length())), longest]:
+        kv = grow(kv, jnp.int32(count * table.page_size))
+        kv, swapped = swap_out(kv, 0)
+        kv, _ = swap_in(kv, swapped, 0)
+        kv, _ = swap_out(kv, 0)
+    return kv
 
 
-@cache
-def _sources() -> str:
-    """A digest of paxattn itself, whose version does not tell one checkout from another."""
-    files = sorted(file for file in Path(__file__).parents[1].rglob("*") if file.suffix in (".py", ".json"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _told(value: Any) -> str:
-    """As text, a long one by its digest."""
-    text = str(value)
-    return text if len(text) <= 500 else hashlib.sha256(text.encode()).hexdigest()
-
-
-def save(path: Path, about: dict[str, str], programs: dict[Hashable, Compiled]) -> None:
-    """Write a zip file of the programs; the one that is there is replaced by a whole one.
-
-    Raises:
-      ValueError: they cannot be written; the message says what to do.
-    """
-    _check_not_cached(path)
-    written = {str(name): _written(path, program) for name, program in programs.items()}
-    part = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        file.writestr(ABOUT, json.dumps(about))
-        for name, program in written.items():
-            file.writestr(name, program)
-    part.replace(path)
-
-
-def _check_not_cached(path: Path) -> None:
-    """What a CPU compiles, and finds in JAX's cache, lacks functions once it has been written and read again."""
-    cached = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is not None
-    if cached and jax.default_backend() == "cpu":
-        raise ValueError(
-            f"{path}: programs of a CPU cannot be kept while JAX keeps them in jax_compilation_cache_dir; start "
-            "anew with jax_enable_compilation_cache=False, warm up and export"
-        )
-
-
-def _written(path: Path, program: Compiled) -> bytes:
-    try:
-        return serialize_executable.serialize(program)[0]
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: a program cannot be written any more once requests have run ({_first_line(error)}); export "
-            "right after warmup, in a process that has run none"
-        ) from error
-
-
-def load(path: Path, about: dict[str, str], trees: dict[Hashable, tuple[Any, Any]]) -> dict[Hashable, Compiled]:
-    """The programs by name, of which `trees` tells the structures of arguments and results.
-
-    Raises:
-      ValueError: they were compiled for something else, or cannot be read; the message says which.
-    """
-    with readable(path), zipfile.ZipFile(path) as file:
-        there = json.loads(file.read(ABOUT))
-        for name, here in about.items():
-            if there.get(name) != here:
-                raise ValueError(f"{path}: programs for {name} {there.get(name)}, not {here}; export them again")
-        read = {name: file.read(str(name)) for name in trees}
-    if jax.default_backend() == "gpu":
-        importlib.import_module("jax.experimental.mosaic.gpu")  # tells the plugin where what its kernels call is
-    with readable(path), ThreadPoolExecutor(len(trees)) as pool:
-        loads = {
-            name: pool.submit(serialize_executable.deserialize_and_load, read[name], *tree)
-            for name, tree in trees.items()
-        }
-        return {name: one.result() for name, one in loads.items()}
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """What a file that is no such file, or a damaged one, lets libraries raise becomes a ValueError that names it."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: programs that do not run here ({_first_line(error)}); export them again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+def _grow(kv: PagedKV, length: jax.Array) -> PagedKV:
+    kv, _ = kv.extend(jnp.zeros(kv.max_seqs, jnp.int32).at[0].set(length), num_tokens=1)
+    return kv.end_step()

@@ -1,11 +1,14 @@
-"""What an engine tells: updates of requests and statistics."""
+"""What an engine knows of requests and tells of them, and its statistics."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from paxattn.engine.params import GenerationParams
+import numpy as np
+
+from paxattn.engine.params import GenerationParams, InvalidParamsError, Limits, check_prompt
 from paxattn.engine.rules import Rules
 from paxattn.engine.scheduler import Request
+from paxattn.engine.slots import News
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,47 @@ class Job:
     ids: list[int] = field(default_factory=list)
     reason: str = "running"
     logprobs: list[TokenLogprob] | None = None
+
+
+def samples(number: int, prompt: Sequence[int], params: GenerationParams, limits: Limits, like: Rules) -> list[Request]:
+    """A request for each sample, under the number that all share.
+
+    Args:
+      like: rules with as much room as the engine has.
+
+    Raises:
+      InvalidParamsError: a value of params is out of range.
+      ValueError: prompt is not a sequence of token ids.
+    """
+    if not isinstance(params, GenerationParams):
+        raise InvalidParamsError(f"params: got {params!r}, must be a GenerationParams or None")
+    ids = check_prompt(prompt, limits.vocabulary)
+    # From here on what was checked is what runs, whatever the caller does with what was given.
+    params = params.checked(limits)
+    rules = params.rules(like, len(ids))
+    return [
+        Request(
+            prompt=ids,
+            max_new_tokens=params.max_new_tokens,
+            priority=params.priority,
+            salt=params.salt,
+            options=Job(number, index, params, rules),
+        )
+        for index in range(params.num_samples)
+    ]
+
+
+def token_logprobs(news: News, row: int, top: int | None) -> list[TokenLogprob] | None:
+    """Of the tokens that a row drew, with the likeliest `top` in place of each; None where nobody asked for them."""
+    if top is None:
+        return None
+    at = np.argwhere(news.tokens[: news.steps, row] >= 0)
+    told = []
+    for step, place in at.tolist():
+        ids, values = news.top_ids[step, row, place, :top], news.top_logprobs[step, row, place, :top]
+        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        told.append(TokenLogprob(float(news.logprobs[step, row, place]), best))
+    return told
 
 
 def tell(
