@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_cases import KINDS, LONGEST, SIZES
 
 import paxattn
 from models import decoder
@@ -95,3 +96,34 @@ TINY = Config(
 def tiny():
     """A tiny decoder with random weights: (model, params)."""
     return decoder.random(TINY, seed=1)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny):
+    """The engine of a kind, the same for all tests; each leaves it at rest."""
+    made = {}
+
+    def get(kind="recompute"):
+        if kind not in made:
+            text = lambda ids: " ".join(map(str, ids)) + " "
+            config = paxattn.EngineConfig(**SIZES | KINDS[kind])
+            made[kind] = paxattn.Engine(*tiny, config, detokenize=text)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def alone(tiny):
+    """Greedy tokens of a prompt that has a store to itself."""
+    known = {}
+
+    def run(prompt):
+        key = tuple(prompt)
+        if key not in known:
+            kv = paxattn.PagedKV.create(2, 2, 16, max_seqs=1, max_len=96, page_size=4, dtype=jnp.float32)
+            [one] = paxattn.generate(*tiny, kv, [prompt], max_new_tokens=LONGEST - len(prompt))
+            known[key] = one.ids
+        return known[key]
+
+    return run

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_engine import at_rest
+from engine_cases import at_rest
 
 from models import decoder
 from models.config import Config
