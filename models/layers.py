@@ -39,12 +39,12 @@ class RMSNorm(nnx.Module):
 
         The factor of a single row is applied behind the product, so that what reads the row once gives all that is
         needed: for a GPU, XLA makes one kernel of that, and three of the whole norm; of more rows it makes one, too.
-        In float16, such a product might overflow.
+        In bfloat16 it rounds as often, elsewhere. In float16, such a product might overflow.
         """
         if len(x) > 1 or x.dtype == jnp.float16:
             return matmul(self(x), weight)
         y = matmul(x * self.weight[...][None, :], weight)
-        return (y.astype(jnp.float32) * self._factor(x)).astype(x.dtype)
+        return (y.astype(jnp.float32) * self._factor(x)).astype(y.dtype)
 
     def _factor(self, x: Array) -> Array:
         y = x.astype(jnp.float32)

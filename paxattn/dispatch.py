@@ -32,6 +32,12 @@ MODULES = {
         "mosaic_tpu": "paxattn.kernels.tpu_paged_write",
     },
     "write_compressed_pages": {"xla": "paxattn.kernels.xla_pages", "mosaic_gpu": "paxattn.kernels.gpu_paged"},
+    "lay_out": {
+        "xla": "paxattn.kernels.xla_pages",
+        "mosaic_gpu": "paxattn.kernels.gpu_paged",
+        "mosaic_tpu": "paxattn.kernels.xla_pages",
+        "reference": "paxattn.kernels.xla_pages",
+    },
 }
 
 ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)}

@@ -24,13 +24,6 @@ ALLOWED = {
     "paxattn/flash_attention.py": ("paxattn.checks", "paxattn.dispatch"),
     "paxattn/paged_attention.py": ("paxattn.checks", "paxattn.dispatch", "paxattn.kv.pages"),
     "paxattn/kv": ("paxattn.checks", "paxattn.kv", "paxattn.flash_attention", "paxattn.paged_attention"),
-    "paxattn/kv/stores.py": (
-        "paxattn.checks",
-        "paxattn.dispatch",
-        "paxattn.kv",
-        "paxattn.flash_attention",
-        "paxattn.paged_attention",
-    ),
     "paxattn/kv/pages.py": ("paxattn.checks", "paxattn.dispatch", "paxattn.kernels.xla_pages"),
     "paxattn/kv/page_table.py": ("paxattn.checks",),
     "paxattn/kv/prefix.py": ("paxattn.checks",),

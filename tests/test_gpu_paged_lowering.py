@@ -8,13 +8,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flash_cases import pairs, representatives
 from paged_cases import AXES, CASES, COMPRESSED, ROWS
 from test_gpu_lowering import module_for_cuda
 
 from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
-from paxattn.kernels import gpu_paged_decode
+from paxattn.kernels import gpu_paged, gpu_paged_decode
 
 GPU = "mosaic_gpu"
 
@@ -120,6 +121,42 @@ def test_what_the_kernel_does_not_serve_is_declined_by_name(feature, changes):
     given = dict(q_lens=(1, 1), kv_lens=(50, 300), heads=(8, 2, 64), page_size=16, dtype="bfloat16")
     with pytest.raises(NotImplementedError, match=feature):
         module_of(shapes(**given | changes))
+
+
+@pytest.mark.parametrize("page_dtype", ["bfloat16", "int8"])
+@pytest.mark.usefixtures("on_hopper")
+def test_no_rows_are_declined(page_dtype):
+    inputs = shapes((1,), (50,), (8, 2, 64), 16, "bfloat16")
+    inputs |= dict(
+        pages=jax.eval_shape(lambda: init_pages(*inputs["pages"].k.shape, page_dtype)),
+        page_table=jax.ShapeDtypeStruct((0, 4), jnp.int32),
+        kv_lens=jax.ShapeDtypeStruct((0,), jnp.int32),
+        cu_q_lens=jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    with pytest.raises(NotImplementedError, match="an axis of nothing"):
+        module_of(inputs)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_is_laid_out_is_the_same(rng):
+    arrays = [jnp.asarray(rng.normal(size=(3, heads, 64)), jnp.bfloat16) for heads in (8, 2, 2)]
+    for x, y in zip(gpu_paged.lay_out(*arrays), arrays, strict=True):
+        np.testing.assert_array_equal(x, y)
+    q, k, v = arrays
+    for others in ((q.astype(jnp.float32), k, v), (q, k, v.astype(jnp.float16)), ([[1.0]], k, v)):
+        assert all(x is y for x, y in zip(gpu_paged.lay_out(*others), others, strict=True))
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_varies_alone_is_laid_out_alone():
+    """Keys of one head for all queries, which are cut over devices: a store that is the same everywhere stays so."""
+    mesh = jax.sharding.AbstractMesh((2,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    q, k = (jax.ShapeDtypeStruct((1, heads, 64), jnp.bfloat16) for heads in (4, 1))
+    step = jax.shard_map(
+        gpu_paged.lay_out, mesh=mesh, in_specs=(P(None, "h"), P(), P()), out_specs=(P(None, "h"), P(), P())
+    )
+    assert "concatenate" not in module_for_cuda(step, q, k, k)
 
 
 def test_a_machine_without_hopper_is_told_so():

@@ -153,6 +153,19 @@ def test_one_long_row_is_shared_by_all_workers():
     assert max(shares) - min(shares) <= 1
 
 
+@pytest.mark.usefixtures("unchecked", "_warp")
+def test_who_has_read_its_share_looks_at_no_more_rows(monkeypatch):
+    problem = Problem(64, 32, 8, 128, 16, 1, None, 1.0, None)
+    plan = Plan(problem, Config(64, 6), 8, np.array([640, *[0] * 300]), np.array([0, *[1] * 301]))
+    looked_at = []
+    found = Plan._row
+    monkeypatch.setattr(Plan, "_row", lambda self, row: looked_at.append(row) or found(self, row))
+    item = plan.start(np.int64(0))
+    looked_at.clear()
+    assert not plan.next(item).blocks
+    assert len(looked_at) <= 2
+
+
 def test_compressed_blocks_in_flight_fit_and_are_enough():
     for dim in (64, 80, 96, 128, 256):
         problem = Problem(64, 32, 8, dim, 16, 1, None, 1.0, None)

@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,22 +98,28 @@ def check(problem, config, item, q_len, skipped):
 
 
 @pytest.mark.parametrize("few", [1, 9, 64])
-def test_pieces_of_rows_have_every_query_where_it_was(rng, few):
-    for problem, q_lens, kv_lens, _ in batches(rng, 30):
-        rows, cu_q_lens = len(q_lens), np.cumsum([0, *q_lens])
-        arrays = np.arange(rows)[:, None], kv_lens, cu_q_lens
-        table, kv_ends, starts = gpu_paged._in_pieces(few, problem.q_len, *(jnp.asarray(x, jnp.int32) for x in arrays))
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_pieces_of_rows_have_every_query_where_it_was(rng, few, rows):
+    tokens = 40 * rows
+    pieces = jax.jit(partial(gpu_paged._in_pieces, few, tokens))
+    for _ in range(20):
+        q_lens = rng.choice([0, 1, few, few + 1, 2 * few, 40], rows).clip(max=40)
+        kv_lens = np.where(rng.random(rows) < 0.8, q_lens, 0) + rng.choice([0, 1, 64, 500], rows)
+        own = np.stack([np.arange(rows), rng.choice([-5, 2**31 - 1], rows)], axis=1)  # and what may be anything
+        arrays = own, kv_lens, np.cumsum([0, *q_lens])
+        table, ends, starts = map(np.asarray, pieces(*(jnp.asarray(x, jnp.int32) for x in arrays)))
         lens = np.diff(starts)
-        assert len(table) == len(kv_ends) == len(lens)
+        assert len(table) == len(ends) == len(lens)
         assert 0 <= lens.min() <= lens.max() <= few
-        assert (starts[0], starts[-1]) == (0, cu_q_lens[-1])
+        assert (starts[0], starts[-1]) == (0, q_lens.sum())
+        assert (table[:, 1] == own[table[:, 0], 1]).all()
+        assert places(table[:, 0], ends, lens) == places(np.arange(rows), kv_lens, q_lens)
 
-        def places(row, kv_lens, lens):
-            """Of each query its row and position; -1 where it sees nothing."""
-            position = np.concatenate([np.arange(n) + end - n for n, end in zip(lens, kv_lens, strict=True)])
-            return np.repeat(row, lens).tolist(), np.maximum(position, -1).tolist()
 
-        assert places(np.asarray(table[:, 0]), kv_ends, lens) == places(np.arange(rows), kv_lens, q_lens)
+def places(row, kv_lens, q_lens):
+    """Of each query its row and position; -1 where it sees nothing."""
+    position = np.concatenate([np.arange(n) + end - n for n, end in zip(q_lens, kv_lens, strict=True)])
+    return np.repeat(row, q_lens).tolist(), np.maximum(position, -1).tolist()
 
 
 def test_results_over_parts_of_the_keys_merge_to_that_over_all(rng):

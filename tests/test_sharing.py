@@ -9,7 +9,7 @@ from conftest import TINY
 import paxattn
 from paxattn import PagedKV, PrefixIndex, Sampling, Uncached, beam_search, generate
 from paxattn.engine import generate as engine
-from paxattn.kv.pages import rotate
+from paxattn.kv.pages import COMPRESSED, _compress, rotate
 
 P = 4
 
@@ -304,6 +304,34 @@ def test_compression_keeps_any_magnitude(dtype, scale, rng):
         largest = np.abs(np.asarray(want)).max(axis=-1, keepdims=True)
         bound = largest * (1 / 100 if dtype == "int8" else 1 / 14) + 1e-7
         assert (np.abs(np.asarray(got) - np.asarray(want)) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_no_scale_that_is_tried_is_better_than_the_one_that_is_stored(dtype, rng):
+    most = COMPRESSED[jnp.dtype(dtype).name]
+    x = (rng.normal(size=(40, 3, 4, 16)) * 10 ** rng.uniform(-2, 2, (40, 3, 4, 1))).astype(np.float32)
+    codes, scales = _compress(jnp.asarray(x.reshape(40, 3, 64)), jnp.dtype(dtype), 4)
+
+    def error(codes, scales):
+        return ((codes.astype(np.float64).reshape(x.shape) * scales.astype(np.float64)[..., None] - x) ** 2).sum(-1)
+
+    def error_of(tried):
+        unit = np.abs(x).max(axis=-1) / most * tried
+        scaled = np.clip(x / unit[..., None], -most, most)
+        rounded = np.round(scaled) if dtype == jnp.int8 else scaled.astype(dtype).astype(np.float32)
+        scale = (rounded * x).sum(-1) / (rounded * rounded).sum(-1)
+        return error(rounded, scale.astype(np.float16))
+
+    best = np.min([error_of(2 ** (i / 8)) for i in range(8)], axis=0)
+    # What all errors have in common is left out, and in float32 they are not known to the last bit.
+    assert (error(np.asarray(codes), np.asarray(scales)) <= best * 1.05 + 1e-6 * (x * x).sum(-1)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.uint16])
+def test_a_rotation_is_exact_in_every_dtype(dtype, rng):
+    x = jnp.asarray(rng.integers(0, 60, (5, 2, 64)), dtype)
+    assert rotate(x).dtype == jnp.float32
+    np.testing.assert_allclose(rotate(x), rotate(x.astype(jnp.float32)), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [1, 16, 24, 64, 80])

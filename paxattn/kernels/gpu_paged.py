@@ -1,6 +1,7 @@
 """paged_attention and write_pages on Hopper GPUs: what joins the kernels to JAX, and what they decline."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,7 @@ PART_STEP = 128  # keys: a block of the kernel that reads them
 def paged_attention(
     q, pages, page_table, kv_lens, cu_q_lens, sinks, *, left, scale, softcap, max_q_len, shared_prefix_len
 ) -> tuple[Array, Array]:
-    _decline(q, pages)
+    _decline(q, pages, page_table)
     tokens, heads, head_dim = q.shape
     _, page_size, kv_heads, _ = pages.k.shape
     longest, few = min(max_q_len or tokens, tokens), ROWS * kv_heads // heads
@@ -68,7 +69,8 @@ def _attend(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bo
 
 
 def _in_pieces(few: int, tokens: int, page_table: Array, kv_lens: Array, cu_q_lens: Array) -> tuple[Array, ...]:
-    """Every row as rows of at most `few` queries, whose keys end with their last one, and some of none.
+    """Every row as rows of at most `few` queries, whose keys end with their last one; how many there are is not static,
+    so that some have no queries.
 
     The kernel for many queries reads no compressed pages. The other one reads them again for each of these rows, but
     most of that from the cache.
@@ -165,6 +167,35 @@ def _merge(one: tuple[Array, Array], others: tuple[Array, Array], tokens: Array)
     return jnp.where(weights == 0, 0.0, weights * outs).sum(axis=0).astype(one[0].dtype), whole
 
 
+def lay_out(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """The same as slices of one array, which XLA makes by one kernel.
+
+    It would make one for each of q, k and v, though they come of one matrix product. With `paxattn.XLA_FLAGS` these
+    kernels read a slice where it lies. The barrier keeps XLA from slicing first.
+    """
+    _need_hopper()
+    arrays = q, k, v
+    if not _are_alike(arrays):
+        return arrays
+    together = lax.optimization_barrier(jnp.concatenate([x.reshape(-1) for x in arrays]))
+    parts = jnp.split(together, [q.size, q.size + k.size])
+    q, k, v = (part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True))
+    return q, k, v
+
+
+def _are_alike(arrays: Sequence[Any]) -> bool:
+    """Whether they are of one dtype that kernels serve, and none is cut over a mesh, or varies where others do not."""
+    if not all(isinstance(x, Array) for x in arrays):
+        return False
+    kinds = [jax.typeof(x) for x in arrays]
+    known = {(x.dtype, x.manual_axis_type) for x in kinds}
+    return len(known) == 1 and kinds[0].dtype in (jnp.bfloat16, jnp.float16) and not any(map(_is_cut, kinds))
+
+
+def _is_cut(kind: Any) -> bool:
+    return any(axes is not None for axes in kind.sharding.spec)
+
+
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:
     """As in `xla_pages`."""
     _need_hopper()
@@ -199,7 +230,7 @@ def _need_hopper() -> None:
         raise NotImplementedError(f"device {kind}: 'mosaic_gpu' needs a Hopper GPU (compute capability 9.0)")
 
 
-def _decline(q: Array, pages: Any) -> None:
+def _decline(q: Array, pages: Any, page_table: Array) -> None:
     _need_hopper()
     if q.dtype.name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
@@ -217,5 +248,5 @@ def _decline(q: Array, pages: Any) -> None:
         raise NotImplementedError(f"page size {pages.k.shape[1]}: 'mosaic_gpu' serves {served}")
     if q.shape[1] > ROWS * pages.k.shape[2]:
         raise NotImplementedError(f"groups of {q.shape[1] // pages.k.shape[2]} heads: 'mosaic_gpu' serves up to {ROWS}")
-    if 0 in q.shape or 0 in pages.k.shape:
+    if 0 in q.shape or 0 in pages.k.shape or 0 in page_table.shape:
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")

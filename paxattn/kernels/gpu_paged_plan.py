@@ -171,13 +171,13 @@ class Plan:
         """What the worker reads after `item`; of no blocks where it has read its share."""
         head = item.head + self.team
         same_row = head < self.problem.kv_heads
+        before, unread = item.before + item.total, item.unread - item.blocks
         row = lax.while_loop(
-            lambda row: (row < self.rows - 1) & (self._row(row)[-1] == 0),
+            lambda row: (unread > 0) & (row < self.rows - 1) & (self._row(row)[-1] == 0),
             lambda row: row + 1,
             jnp.where(same_row, item.row, jnp.minimum(item.row + 1, self.rows - 1)),
         )
         head = jnp.where(same_row, head, lax.rem(head, jnp.int32(self.team)))
-        before, unread = item.before + item.total, item.unread - item.blocks
         return self._item(row, head, jnp.int32(0), before, unread, item.share, item.extra)
 
     def parts(self, item: Item) -> tuple[Array, Array]:

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
+def lay_out(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """As they come."""
+    return q, k, v
+
+
 def write_pages(pages: Any, new: Any, slots: Array) -> Any:
     """Every array [N,P,...] of `pages` with the tokens [T,...] of `new` at slots [T], but for those in no page.
 

@@ -1,7 +1,7 @@
 """KVPages: the pages of one layer, plain or compressed. Their layout is known here and in the kernels alone."""
 
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from math import gcd, prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from paxattn.kernels import xla_pages
 COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
 KEY_GROUP = 16
 TRIED_SCALES = 8
-SMALLEST_UNIT = 1e-30  # whose inverse is a number, and which as a scale, of float16, is 0
+SMALLEST_UNIT = 1e-30  # Far below it the inverse overflows, and far above it a scale of float16 is 0.
 LANES = 128  # of a TPU's registers
 
 
@@ -149,6 +149,11 @@ def write_pages(
     return dispatch.call(op, implementation, pages, _encode(pages, k, v), checks.int32(slots))
 
 
+def lay_out(q: Array, k: Array, v: Array, implementation: str | None) -> tuple[Array, Array, Array]:
+    """What a step brings, in memory as the kernels that will read it want it."""
+    return dispatch.call("lay_out", implementation, q, k, v)
+
+
 def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
     """[T,K,D] as the pages hold them."""
     new = KVPages(k.astype(pages.k.dtype), v.astype(pages.v.dtype))
@@ -169,7 +174,7 @@ def rotate(x: Array) -> Array:
     """
     dim = x.shape[-1]
     size = dim & -dim
-    x = x if x.dtype.itemsize == 2 else x.astype(jnp.float32)
+    x = x if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
     index = np.arange(size)
     # Signs are exact in every dtype, so that half precision is multiplied as what it is.
     signs = jnp.asarray(1 - 2 * (np.bitwise_count(index[:, None] & index[None, :]).astype(np.int8) % 2), x.dtype)
@@ -178,6 +183,7 @@ def rotate(x: Array) -> Array:
     return jnp.einsum("...i,ij->...j", blocks, signs, **how).reshape(x.shape) * jnp.float32(size**-0.5)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
     """x [T,K,D] as dtype, and its scales float16 [T,K,C].
 

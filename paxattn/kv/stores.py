@@ -12,17 +12,16 @@ Their pages hold keys and values plain (bfloat16, float16, float32) or compresse
 """
 
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from paxattn import checks, dispatch
+from paxattn import checks
 from paxattn.flash_attention import flash_attention
 from paxattn.kv.page_table import PageTable
-from paxattn.kv.pages import KVPages, clear_pages, copy_pages, init_pages, write_pages
+from paxattn.kv.pages import KVPages, clear_pages, copy_pages, init_pages, lay_out, write_pages
 from paxattn.paged_attention import paged_attention
 
 _STATIC = dict(static=True)
@@ -130,9 +129,8 @@ class _Store:
             raise ValueError("attend: no step is under way, call extend first")
         known = checks.is_int(layer) and 0 <= layer < len(self.layers)
         checks.require(known, "layer", repr(layer), f"an int from 0 to {len(self.layers) - 1}")
-        as_stored = q.dtype == k.dtype == v.dtype == self.layers[layer].k.dtype
-        if as_stored and batch.max_q_len and self.implementation != "xla" and dispatch.platform() == "gpu":
-            q, k, v = _side_by_side(q, k, v)
+        if batch.max_q_len:  # A step of decode, in which kernels are many and small.
+            q, k, v = lay_out(q, k, v, self.implementation)
         pages = write_pages(self.layers[layer], k, v, batch.slots)
         out = paged_attention(
             q,
@@ -425,18 +423,6 @@ def _clear(layers: tuple[KVPages, ...], free: Array, begin: Array, end: Array) -
         return at + len(some), tuple(clear_pages(pages, ids) for pages in layers)
 
     return lax.while_loop(lambda carry: carry[0] < end, body, (begin, layers))[1]
-
-
-def _side_by_side(*arrays: Array) -> list[Array]:
-    """The same as slices of one array, which XLA makes by one kernel of a GPU.
-
-    It would make one for each of q, k and v, though they come of one matrix product, and a step of decode is full of
-    kernels that do next to nothing. With `paxattn.XLA_FLAGS` kernels of Pallas read a slice where it lies. The barrier
-    keeps XLA from slicing first.
-    """
-    together = lax.optimization_barrier(jnp.concatenate([x.reshape(-1) for x in arrays]))
-    parts = jnp.split(together, list(accumulate(x.size for x in arrays[:-1])))
-    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
 
 
 def _lay_out(page_table, before, q_lens, ok, page_size, num_tokens, max_q_len) -> Batch:
