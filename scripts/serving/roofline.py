@@ -1,13 +1,11 @@
 """The least time that a device can take for a workload: matrix products of prompts, and what decode must read."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.stages import Compiled
 
 from models.config import Config
 from scripts.attention.measuring import time_in_turns
@@ -23,28 +21,20 @@ class Rates:
 
 
 def measured(dtype: Any) -> Rates:
-    """Products as long as they go on: a GPU that has multiplied for a second lacks the power for the rate before."""
     big = jax.default_backend() == "gpu"
     x = jnp.ones(2**30 if big else 2**25, jnp.bfloat16)
     n = 8192 if big else 1024
     # Of random numbers: a GPU multiplies ones faster, as they take less power.
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)
-    read = jax.jit(lambda x: x.astype(jnp.float32).sum()).lower(x).compile()
-    compute = jax.jit(lambda a: a @ a).lower(a).compile()
-    reads = time_in_turns({"read": read}, {"read": (x,)}, 3, 5)["read"]
-    return Rates(x.nbytes / (reads.kernel_ms or reads.wall_ms) * 1e3, 2 * n**3 / kept_up(compute, a))
-
-
-def kept_up(run: Compiled, x: jax.Array) -> float:
-    """Seconds of a call, of those that follow each other, once they have for a second."""
-    start, together = time.perf_counter(), 8
-    calls, since = 0, start
-    while (now := time.perf_counter()) < start + 2:
-        if now < start + 1:
-            calls, since = 0, now
-        jax.block_until_ready([run(x) for _ in range(together)])
-        calls += together
-    return (time.perf_counter() - since) / calls
+    runs = {
+        "read": (jax.jit(lambda x: x.astype(jnp.float32).sum()).lower(x).compile(), (x,)),
+        "compute": (jax.jit(lambda a: a @ a).lower(a).compile(), (a,)),
+    }
+    seconds = {}
+    for name, (run, args) in runs.items():
+        times = time_in_turns({name: run}, {name: args}, 3, 5)[name]
+        seconds[name] = (times.kernel_ms or times.wall_ms) / 1e3
+    return Rates(x.nbytes / seconds["read"], 2 * n**3 / seconds["compute"])
 
 
 def seconds(work: Workload, config: Config, rows: int, weight_bytes: int, token_bytes: float, rates: Rates) -> float:
