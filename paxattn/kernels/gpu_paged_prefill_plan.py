@@ -83,9 +83,8 @@ class PagedPlan:
     def _tiles(self, row) -> Array:
         """How many a row has; none where there is no such row."""
         start, end = (self.cu_q_lens[jnp.minimum(row + i, self.rows)] for i in range(2))
-        return jnp.where(
-            end - start > self.few, lax.div(end - start + (self.config.block_q - 1), self.config.block_q), 0
-        )
+        q_len, size = end - start, self.config.block_q
+        return jnp.where(q_len > self.few, lax.div(q_len + (size - 1), jnp.int32(size)), 0)
 
     def read(self, fields) -> Item:
         """An item from what it consists of."""
