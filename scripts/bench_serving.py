@@ -129,9 +129,8 @@ def measure(
     engine = started(model, params, work, options, options.draft_tokens)
     say(f"{work.name}: the first token {since_start():.1f} s after the start of the process")
     # Of what follows, a server has long run all.
-    engine.generate(
-        [[1] * 8], paxattn.GenerationParams(max_new_tokens=min(4 * options.decode_steps, engine.config.max_len - 8))
-    )
+    count = min(4 * options.decode_steps, engine.config.max_len - 8)
+    engine.generate([[1] * 8], paxattn.GenerationParams(max_new_tokens=count))
     engine.drain()
     least = partial(least_seconds, engine, model.config, params, rates(), options)
     vocab = model.config.vocab_size
