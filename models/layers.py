@@ -16,11 +16,21 @@ def weight(rngs: nnx.Rngs, *shape: int, dtype: Any) -> nnx.Param:
 
 
 def matmul(x: Array, weight: nnx.Param) -> Array:
-    """[T,I] and [...,O,I] -> [T,O], the weight's leading axes in O.
+    """[T,I] and [...,O,I] -> [T,O], the weight's leading axes in O."""
+    matrix = weight[...].reshape(-1, x.shape[-1])
+    if len(x) > 1:
+        return _product(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cuda=_sums, default=_product)
 
-    The weight goes first, as the larger operand: on a CPU, XLA reads it faster so.
-    """
-    return jnp.einsum("oi,ti->ot", weight[...].reshape(-1, x.shape[-1]), x).T
+
+def _product(x: Array, matrix: Array) -> Array:
+    """The matrix goes first, as the larger operand: on a CPU, XLA reads it faster so."""
+    return jnp.einsum("oi,ti->ot", matrix, x).T
+
+
+def _sums(x: Array, matrix: Array) -> Array:
+    """Of one row: on a GPU XLA reads the matrix by a reduction, in which what is done with the result is, too."""
+    return jnp.sum(matrix.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
