@@ -8,7 +8,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from paxattn import checks, dispatch
-from paxattn.kv.pages import KVPages, check_pages, rotate
+from paxattn.kernels.codes import rotate
+from paxattn.kv.pages import KVPages, check_pages
 
 
 def paged_attention(

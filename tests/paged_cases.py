@@ -9,7 +9,7 @@ from cases import PagedCase
 from flash_cases import SHORT, covering
 
 from paxattn import KVPages, init_pages, write_pages
-from paxattn.kv.pages import rotate
+from paxattn.kernels.codes import rotate
 
 NUM_COVERING = 190
 

@@ -9,7 +9,7 @@ from conftest import TINY
 import paxattn
 from paxattn import PagedKV, PrefixIndex, Sampling, Uncached, beam_search, generate
 from paxattn.engine import generate as engine
-from paxattn.kv.pages import COMPRESSED, _compress, rotate
+from paxattn.kernels.codes import COMPRESSED, compress, rotate
 
 P = 4
 
@@ -310,7 +310,7 @@ def test_compression_keeps_any_magnitude(dtype, scale, rng):
 def test_no_scale_that_is_tried_is_better_than_the_one_that_is_stored(dtype, rng):
     most = COMPRESSED[jnp.dtype(dtype).name]
     x = (rng.normal(size=(40, 3, 4, 16)) * 10 ** rng.uniform(-2, 2, (40, 3, 4, 1))).astype(np.float32)
-    codes, scales = _compress(jnp.asarray(x.reshape(40, 3, 64)), jnp.dtype(dtype), 4)
+    codes, scales = compress(jnp.asarray(x.reshape(40, 3, 64)), jnp.dtype(dtype), 4)
 
     def error(codes, scales):
         return ((codes.astype(np.float64).reshape(x.shape) * scales.astype(np.float64)[..., None] - x) ** 2).sum(-1)

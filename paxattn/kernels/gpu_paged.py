@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from paxattn.kernels import (
+    codes,
     gpu_flash_fwd_plan,
     gpu_paged_codes,
     gpu_paged_decode,
@@ -221,7 +222,10 @@ def _write_under_vmap(size: int, batched: Any, *arrays: Any) -> tuple[Any, Any]:
     return written, jax.tree.map(lambda _: True, written)
 
 
-write_compressed_pages = write_pages
+def write_compressed_pages(pages: Any, k: Array, v: Array, slots: Array) -> Any:
+    """As in `xla_pages`."""
+    _need_hopper()
+    return write_pages(pages, codes.encode(pages, k, v), slots)
 
 
 def _need_hopper() -> None:

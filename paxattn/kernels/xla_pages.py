@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from paxattn.kernels import codes
+
 
 def lay_out(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """As they come."""
@@ -51,4 +53,6 @@ def _put_turned(into: Array, at: tuple[Array, Array], valid: Array, x: Array) ->
     return put(into, (page,), valid, jnp.where(written, new, into[page]))
 
 
-write_compressed_pages = write_pages
+def write_compressed_pages(pages: Any, k: Array, v: Array, slots: Array) -> Any:
+    """`pages`, compressed, with k, v [T,K,D] at slots [T], but for those in no page."""
+    return write_pages(pages, codes.encode(pages, k, v), slots)

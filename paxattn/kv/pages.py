@@ -1,23 +1,19 @@
 """KVPages: the pages of one layer, plain or compressed. Their layout is known here and in the kernels alone."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
 from math import gcd, prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
 from paxattn import checks, dispatch
-from paxattn.kernels import xla_pages
+from paxattn.kernels import codes, xla_pages
+from paxattn.kernels.codes import COMPRESSED
 
-COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
 KEY_GROUP = 16
-TRIED_SCALES = 8
-SMALLEST_UNIT = 1e-30  # Far below it the inverse overflows, and far above it a scale of float16 is 0.
 LANES = 128  # of a TPU's registers
 
 
@@ -28,7 +24,8 @@ class KVPages:
 
     Compressed, D is cut into C equal groups, and each number stands for itself times its group's scale. Some channels
     are far larger than others, so all are stored rotated, which spreads them (QuaRot, Ashkboos et al. 2024; see
-    `rotate`). Attention is more sensitive to keys than to values (KIVI, Liu et al. 2024), so keys have more groups.
+    `kernels.codes.rotate`). Attention is more sensitive to keys than to values (KIVI, Liu et al. 2024), so keys have
+    more groups.
 
     Fields:
       k, v: [N,P,K,D], bfloat16, float16, float32, int8 or float8_e4m3fn; where h = heads_a_row is not 1, [N,P,K/h,h*D]
@@ -145,76 +142,15 @@ def write_pages(
     checks.check_shape("v", v, k.shape, "T K D")
     checks.check_ints("slots", slots, (k.shape[0],), "T")
     pages, k, v = jax.tree.map(jnp.asarray, (pages, k, v))
-    op = "write_pages" if pages.k_scale is None else "write_compressed_pages"
-    return dispatch.call(op, implementation, pages, _encode(pages, k, v), checks.int32(slots))
+    if pages.k_scale is not None:
+        return dispatch.call("write_compressed_pages", implementation, pages, k, v, checks.int32(slots))
+    k, v = (codes.side_by_side(pages, x.astype(pages.k.dtype)) for x in (k, v))
+    return dispatch.call("write_pages", implementation, pages, replace(pages, k=k, v=v), checks.int32(slots))
 
 
 def lay_out(q: Array, k: Array, v: Array, implementation: str | None) -> tuple[Array, Array, Array]:
     """What a step brings, in memory as the kernels that will read it want it."""
     return dispatch.call("lay_out", implementation, q, k, v)
-
-
-def _encode(pages: KVPages, k: Array, v: Array) -> KVPages:
-    """[T,K,D] as the pages hold them."""
-    new = KVPages(k.astype(pages.k.dtype), v.astype(pages.v.dtype))
-    if pages.k_scale is not None and pages.v_scale is not None:
-        groups = lambda scale: scale.size * pages.head_dim // pages.k.size
-        k, k_scale = _compress(rotate(k), pages.k.dtype, groups(pages.k_scale))
-        v, v_scale = _compress(rotate(v), pages.v.dtype, groups(pages.v_scale))
-        new = KVPages(k, v, k_scale, v_scale)
-    new = jax.tree.map(lambda x: x.reshape(len(x), pages.k.shape[2], pages.heads_a_row * x.shape[-1]), new)
-    return replace(new, heads_a_row=pages.heads_a_row, scales_turned=pages.scales_turned)
-
-
-def rotate(x: Array) -> Array:
-    """x [...,D] times a Hadamard matrix, which is orthogonal and its own inverse, in float32.
-
-    Of queries and keys both, it leaves q k as it is; of values, the output is rotated back. Where D is no power of
-    two, by blocks of the largest one that divides it. Numbers may grow by the square root of a block.
-    """
-    dim = x.shape[-1]
-    size = dim & -dim
-    x = x if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
-    index = np.arange(size)
-    # Signs are exact in every dtype, so that half precision is multiplied as what it is.
-    signs = jnp.asarray(1 - 2 * (np.bitwise_count(index[:, None] & index[None, :]).astype(np.int8) % 2), x.dtype)
-    blocks = x.reshape(*x.shape[:-1], dim // size, size)
-    how = dict(precision="highest", preferred_element_type=jnp.float32)
-    return jnp.einsum("...i,ij->...j", blocks, signs, **how).reshape(x.shape) * jnp.float32(size**-0.5)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
-    """x [T,K,D] as dtype, and its scales float16 [T,K,C].
-
-    Of some scales, from the one that makes a group's largest number the dtype's to twice that, the one with the
-    least squared error is taken: a float's error depends on where in a binade the numbers fall. What is stored is
-    the best factor for the rounded numbers, so that little of the error lies along the vector itself.
-    """
-    most = COMPRESSED[dtype.name]
-    split = x.astype(jnp.float32).reshape(*x.shape[:2], groups, x.shape[2] // groups)
-    largest = jnp.max(jnp.abs(split), axis=-1)
-
-    def rounded(unit: Array) -> Array:
-        """x in that unit, as the dtype has it."""
-        scaled = jnp.clip(split * jnp.where(unit > SMALLEST_UNIT, 1 / unit, 0)[..., None], -most, most)
-        return jnp.round(scaled) if dtype == jnp.int8 else scaled.astype(dtype)
-
-    def of_unit(unit: Array) -> tuple[Array, ...]:
-        """The squared error but for what all have in common, the scale and the unit."""
-        codes = rounded(unit).astype(jnp.float32)
-        norm, product = jnp.sum(codes * codes, axis=-1), jnp.sum(codes * split, axis=-1)
-        scale = (product / jnp.where(norm > 0, norm, 1)).astype(jnp.float16)
-        return scale.astype(jnp.float32) * (scale.astype(jnp.float32) * norm - 2 * product), scale, unit
-
-    # One after another, so that of what is tried nothing of the size of x is kept.
-    tried = (of_unit(largest * jnp.float32(2 ** (i / TRIED_SCALES) / most)) for i in range(TRIED_SCALES))
-
-    def better(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(jnp.where(other[0] < one[0], y, x) for x, y in zip(one, other, strict=True))
-
-    _, scale, unit = reduce(better, tried)
-    return rounded(unit).astype(dtype).reshape(x.shape), scale
 
 
 def copy_pages(pages: KVPages, src: Int[Array, "F"], dst: Int[Array, "F"]) -> KVPages:
