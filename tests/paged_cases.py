@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from cases import PagedCase
 from flash_cases import SHORT, covering
 
@@ -176,3 +177,21 @@ def decompressed(pages: Any, dtype: str) -> Any:
         x.astype(jnp.float32).reshape(*scale.shape, -1) * scale.astype(jnp.float32)[..., None] for x, scale in pairs
     )
     return KVPages(*(rotate(x.reshape(pages.k.shape)).astype(dtype) for x in groups))
+
+
+def check_compressed(exact, got, want):
+    """Codes and scales of rotated keys or values [T,K,D] are those wanted, or others as good.
+
+    Sums in another order find another one of two scales that are as good to the last bits of float32, and round a
+    number that is in the middle of two codes to the other one.
+    """
+    exact, *arrays = (np.asarray(x, np.float64) for x in (exact, *got, *want))
+    exact, codes, wanted = (x.reshape(*arrays[1].shape, -1) for x in (exact, arrays[0], arrays[2]))
+    scales, wanted_scales = arrays[1], arrays[3]
+    others = np.abs(scales - wanted_scales) > np.abs(wanted_scales) * 2e-3 + 6e-8  # beyond the last bit of float16
+    assert others.sum() <= 0.03 * others.size + 2
+    assert (codes == wanted)[~others].mean() >= 0.999
+    pairs = (codes, scales), (wanted, wanted_scales)
+    error, floor = (np.sqrt(((x * scale[..., None] - exact) ** 2).sum(axis=-1)) for x, scale in pairs)
+    assert (error <= 1.2 * floor + 1e-5 * np.abs(exact).max(axis=-1)).all()
+    assert error.sum() <= 1.0005 * floor.sum() + 0.1 * floor.max()

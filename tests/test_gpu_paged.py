@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PagedCase, error, paged_inputs, plain_row
-from paged_cases import CASES, COMPRESSED, compressed, decompressed
+from paged_cases import CASES, COMPRESSED, check_compressed, compressed, decompressed
 from test_paged_attention import program, run
 
 from paxattn import init_pages, paged_attention, write_pages
+from paxattn.kernels import codes
 
 pytestmark = pytest.mark.gpu
 
@@ -126,7 +127,7 @@ def check_prefix(case, inputs, prefix):
     assert error(got, want) <= 1.5 * error(plainly, want) + 1e-6
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (3, 80), (1, 64), (2, 96), (5, 256)])
 def test_writes_are_those_of_xla_bit_for_bit(kv_heads, dim, dtype, rng):
     """To slots in any order, some of them none."""
@@ -138,6 +139,51 @@ def test_writes_are_those_of_xla_bit_for_bit(kv_heads, dim, dtype, rng):
     got, want = (jax.tree.leaves(write(jax.tree.map(jnp.copy, pages), k, v, slots)) for write in (kernel, xla))
     assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(got, want, strict=True))
     assert np.asarray(got[0], np.float32).any()
+
+
+@pytest.mark.parametrize("page_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 203, 2048])
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (3, 80), (1, 64), (2, 96), (5, 256)])
+def test_compressed_writes_stand_for_what_those_of_xla_do(kv_heads, dim, tokens, dtype, page_dtype, rng):
+    """To slots in any order, some of them none, and nothing of what nobody writes changes."""
+    pages = init_pages(150, 16, kv_heads, dim, page_dtype)
+    bits = lambda x: jnp.asarray(rng.integers(0, 256, (*x.shape, x.dtype.itemsize)), jnp.uint8)
+    pattern = lambda x: jax.lax.bitcast_convert_type(bits(x) if x.dtype.itemsize > 1 else bits(x)[..., 0], x.dtype)
+    pages = jax.tree.map(pattern, pages)
+    slots = rng.permutation(150 * 16)[:tokens]
+    if tokens > 1:
+        slots[rng.random(tokens) < 0.2] = -1
+        slots[30:90] = -7
+        slots[:3] = 150 * 16, 2**31 - 1, -(2**31)
+    spread = 10 ** rng.uniform(-2, 2, (2, tokens, kv_heads, 1))
+    k, v = jnp.asarray(rng.normal(size=(2, tokens, kv_heads, dim)) * spread, dtype)
+    v = v.at[0].set(0)
+    kernel, xla = (jax.jit(partial(write_pages, implementation=name), donate_argnums=0) for name in (GPU, "xla"))
+    got, want = (write(jax.tree.map(jnp.copy, pages), k, v, jnp.asarray(slots, jnp.int32)) for write in (kernel, xla))
+    others = np.setdiff1d(np.arange(150 * 16), slots)
+    for x, before in zip(jax.tree.leaves(got), jax.tree.leaves(pages), strict=True):
+        x, before = (np.asarray(y).reshape(150 * 16, -1)[others] for y in (x, before))
+        assert x.tobytes() == before.tobytes()
+    there = (slots >= 0) & (slots < 150 * 16)
+    stored = lambda x: np.asarray(x).reshape(150 * 16, kv_heads, -1)[slots[there]]
+    for x, name in ((k, "k"), (v, "v")):
+        pairs = ([stored(getattr(y, field)) for field in (name, f"{name}_scale")] for y in (got, want))
+        check_compressed(np.asarray(codes.rotate(x))[there], *pairs)
+
+
+@pytest.mark.parametrize("page_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row(bad, page_dtype, rng):
+    pages, slots = init_pages(3, 8, 2, 128, page_dtype), jnp.arange(20)
+    k, v = jnp.asarray(rng.normal(size=(2, 20, 2, 128)), jnp.bfloat16)
+    write = lambda k, v: write_pages(pages, k, v, slots, implementation=GPU)
+    clean, other = write(k, v), write(k.at[7, 1, 5].set(bad), v.at[7, 1, 90].set(bad))
+    for x, y in zip(jax.tree.leaves(clean), jax.tree.leaves(other), strict=True):
+        x, y = (np.asarray(z).reshape(24 * 2, -1) for z in (x, y))
+        assert np.delete(x, 7 * 2 + 1, axis=0).tobytes() == np.delete(y, 7 * 2 + 1, axis=0).tobytes()
+    assert np.isnan(other.k_scale[0, 7, 1]).all()
+    assert np.isnan(other.v_scale[0, 7, 1]).all()
 
 
 def test_a_loop_of_a_thousand_steps_neither_copies_pages_nor_asks_the_host(rng):

@@ -164,11 +164,13 @@ def test_a_machine_without_hopper_is_told_so():
         module_of(shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16"))
 
 
+@pytest.mark.parametrize("page_dtype", ["bfloat16", "int8"])
 @pytest.mark.usefixtures("on_hopper")
-def test_lowers_under_shard_map_over_heads():
+def test_lowers_under_shard_map_over_heads(page_dtype):
     mesh = jax.sharding.AbstractMesh((1,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec
     inputs = shapes((1, 1), (50, 300), (8, 2, 64), 16, "bfloat16", sinks=True)
+    inputs |= dict(pages=jax.eval_shape(lambda: init_pages(*inputs["pages"].k.shape, page_dtype)))
     new = jax.ShapeDtypeStruct((2, 2, 64), jnp.bfloat16)
 
     def step(q, pages, table, kv_lens, cu_q_lens, sinks, new, slots):
@@ -227,29 +229,64 @@ def test_no_consumer_waits_for_registers_that_the_block_has_not():
     assert shared_out == warpgroups * at_start
 
 
-def written(tokens, kv_heads, dim, dtype="bfloat16"):
-    pages = jax.eval_shape(lambda: init_pages(40, 16, kv_heads, dim, dtype))
-    new = jax.ShapeDtypeStruct((tokens, kv_heads, dim), jnp.bfloat16)
+def written(tokens, kv_heads, dim, page_dtype="bfloat16", dtype="bfloat16"):
+    pages = jax.eval_shape(lambda: init_pages(40, 16, kv_heads, dim, page_dtype))
+    new = jax.ShapeDtypeStruct((tokens, kv_heads, dim), dtype)
     return pages, new, new, jax.ShapeDtypeStruct((tokens,), jnp.int32)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "float8_e4m3fn"])
+def check_one_kernel_in_place(*args):
+    run = jax.jit(partial(write_pages, implementation=GPU), donate_argnums=0)
+    module = jax.export.export(run, platforms=["cuda"])(*args).mlir_module()
+    assert module.count("custom_call @mosaic_gpu") == 1
+    assert "output_operand_aliases = [#stablehlo.output_operand_alias" in module
+    assert not re.search(r"scatter|stablehlo\.(dot|multiply|round|divide)", module)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("tokens", "kv_heads", "dim"), [(1, 1, 64), (300, 2, 80), (9, 3, 80), (2048, 8, 128), (5, 3, 256), (7, 1, 17)]
 )
 @pytest.mark.usefixtures("on_hopper")
 def test_writes_in_place_in_one_kernel(tokens, kv_heads, dim, dtype):
-    run = jax.jit(partial(write_pages, implementation=GPU), donate_argnums=0)
-    module = jax.export.export(run, platforms=["cuda"])(*written(tokens, kv_heads, dim, dtype)).mlir_module()
-    assert module.count("custom_call @mosaic_gpu") == 1
-    assert "output_operand_aliases = [#stablehlo.output_operand_alias" in module
-    assert "scatter" not in module
+    check_one_kernel_in_place(*written(tokens, kv_heads, dim, dtype))
 
 
+@pytest.mark.parametrize("page_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "dim"), [(1, 1, 64), (300, 2, 80), (9, 3, 96), (2048, 8, 128), (5, 3, 256)]
+)
 @pytest.mark.usefixtures("on_hopper")
-def test_write_pages_of_no_tokens_is_declined_by_name():
+def test_compresses_and_writes_in_place_in_one_kernel(tokens, kv_heads, dim, dtype, page_dtype):
+    check_one_kernel_in_place(*written(tokens, kv_heads, dim, page_dtype, dtype))
+
+
+@pytest.mark.parametrize("page_dtype", ["bfloat16", "int8"])
+@pytest.mark.usefixtures("on_hopper")
+def test_write_pages_of_no_tokens_is_declined_by_name(page_dtype):
     with pytest.raises(NotImplementedError, match="nothing"):
-        jax.eval_shape(partial(write_pages, implementation=GPU), *written(tokens=0, kv_heads=8, dim=64))
+        jax.eval_shape(partial(write_pages, implementation=GPU), *written(0, 8, 64, page_dtype))
+
+
+@pytest.mark.parametrize(
+    ("feature", "dim", "scales", "dtype"),
+    [
+        ("head dim 48", 48, (3, 1), "bfloat16"),
+        ("scales of int8, 1 and 1 a head", 64, (1, 1), "bfloat16"),
+        ("scales of int8, 4 and 2 a head", 64, (4, 2), "bfloat16"),
+        ("keys of int32", 64, (4, 1), "int32"),
+    ],
+)
+@pytest.mark.usefixtures("on_hopper")
+def test_compressed_writes_that_are_not_served_are_declined_by_name(feature, dim, scales, dtype, monkeypatch):
+    pages, *new = written(5, 2, dim, "int8", dtype)
+    k_scale, v_scale = (jax.ShapeDtypeStruct((*pages.k.shape[:3], n), jnp.float16) for n in scales)
+    pages = KVPages(pages.k, pages.v, k_scale, v_scale)
+    with pytest.raises(NotImplementedError, match=feature):
+        jax.eval_shape(partial(write_pages, implementation=GPU), pages, *new)
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    assert jax.tree.leaves(jax.eval_shape(write_pages, pages, *new)) == jax.tree.leaves(pages)
 
 
 @pytest.mark.parametrize("op", sorted(dispatch.MODULES))

@@ -11,13 +11,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from paxattn.kernels import (
-    codes,
     gpu_flash_fwd_plan,
     gpu_paged_codes,
     gpu_paged_decode,
     gpu_paged_plan,
     gpu_paged_prefill,
     gpu_paged_write,
+    gpu_paged_write_codes,
     hopper,
     online_softmax,
     tiles,
@@ -207,7 +207,7 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
     given = *into, *tokens, slots
     arrays = online_softmax.vary_like((into, tokens, slots), *given)
     write = jax.custom_batching.custom_vmap(functools.partial(_write, multiprocessors()))
-    write.def_vmap(_write_under_vmap)
+    write.def_vmap(functools.partial(_write_under_vmap, xla_pages.write_pages))
     written = write(*arrays)
     return jax.tree.unflatten(structure, online_softmax.vary_like(written, *given))
 
@@ -215,17 +215,34 @@ def write_pages(pages: Any, new: Any, slots: Array) -> Any:
 _write = jax.jit(gpu_paged_write.write, static_argnums=0)  # for the same reason as _attend
 
 
-def _write_under_vmap(size: int, batched: Any, *arrays: Any) -> tuple[Any, Any]:
+def _write_under_vmap(write: Any, size: int, batched: Any, *arrays: Any) -> tuple[Any, Any]:
     """By XLA, which writes all of them in place at once; a kernel call after the other would copy each."""
     axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched))
-    written = jax.vmap(xla_pages.write_pages, axes, axis_size=size)(*arrays)
+    written = jax.vmap(write, axes, axis_size=size)(*arrays)
     return written, jax.tree.map(lambda _: True, written)
 
 
 def write_compressed_pages(pages: Any, k: Array, v: Array, slots: Array) -> Any:
     """As in `xla_pages`."""
     _need_hopper()
-    return write_pages(pages, codes.encode(pages, k, v), slots)
+    _decline_rows(pages)
+    _decline_codes(pages)
+    _decline_head_dim(k.shape[2])
+    if k.dtype != v.dtype or k.dtype.name not in ("bfloat16", "float16", "float32"):
+        raise NotImplementedError(f"keys of {k.dtype}, values of {v.dtype}: 'mosaic_gpu' serves floats of one kind")
+    if 0 in pages.k.shape or not len(slots):
+        raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
+    given = jax.tree.leaves((pages, k, v, slots))
+    arrays = online_softmax.vary_like((pages, k, v, slots), *given)
+    write = jax.custom_batching.custom_vmap(functools.partial(_write_codes, multiprocessors()))
+    write.def_vmap(functools.partial(_write_under_vmap, xla_pages.write_compressed_pages))
+    return online_softmax.vary_like(write(*arrays), *given)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # for the same reason as _attend
+def _write_codes(num_sms: int, pages: Any, k: Array, v: Array, slots: Array) -> Any:
+    into, structure = jax.tree.flatten(pages)
+    return jax.tree.unflatten(structure, gpu_paged_write_codes.write(num_sms, into, k, v, slots))
 
 
 def _need_hopper() -> None:
@@ -238,15 +255,12 @@ def _decline(q: Array, pages: Any, page_table: Array) -> None:
     _need_hopper()
     if q.dtype.name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {q.dtype}: 'mosaic_gpu' serves bfloat16 and float16, 'xla' float32, too")
-    if pages.heads_a_row != 1:
-        raise NotImplementedError(f"{pages.heads_a_row} heads a row: 'mosaic_gpu' serves pages as a GPU has them")
+    _decline_rows(pages)
     if pages.k.dtype != q.dtype and pages.k_scale is None:
         raise NotImplementedError(f"pages of {pages.k.dtype} for {q.dtype}: 'mosaic_gpu' serves pages of q's dtype")
-    if pages.k_scale is not None and not gpu_paged_codes.serves(pages):
-        scales = f"{pages.k_scale.shape[-1]} and {pages.v_scale.shape[-1]} a head"
-        raise NotImplementedError(f"scales of {pages.k.dtype}, {scales}: 'mosaic_gpu' serves what `init_pages` makes")
-    if q.shape[-1] not in HEAD_DIMS:
-        raise NotImplementedError(f"head dim {q.shape[-1]}: 'mosaic_gpu' serves {', '.join(map(str, HEAD_DIMS))}")
+    if pages.k_scale is not None:
+        _decline_codes(pages)
+    _decline_head_dim(q.shape[-1])
     if pages.k.shape[1] not in PAGE_SIZES:
         served = ", ".join(map(str, PAGE_SIZES))
         raise NotImplementedError(f"page size {pages.k.shape[1]}: 'mosaic_gpu' serves {served}")
@@ -254,3 +268,19 @@ def _decline(q: Array, pages: Any, page_table: Array) -> None:
         raise NotImplementedError(f"groups of {q.shape[1] // pages.k.shape[2]} heads: 'mosaic_gpu' serves up to {ROWS}")
     if 0 in q.shape or 0 in pages.k.shape or 0 in page_table.shape:
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
+
+
+def _decline_rows(pages: Any) -> None:
+    if pages.heads_a_row != 1:
+        raise NotImplementedError(f"{pages.heads_a_row} heads a row: 'mosaic_gpu' serves pages as a GPU has them")
+
+
+def _decline_codes(pages: Any) -> None:
+    if not gpu_paged_codes.serves(pages):
+        scales = f"{pages.k_scale.shape[-1]} and {pages.v_scale.shape[-1]} a head"
+        raise NotImplementedError(f"scales of {pages.k.dtype}, {scales}: 'mosaic_gpu' serves what `init_pages` makes")
+
+
+def _decline_head_dim(head_dim: int) -> None:
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"head dim {head_dim}: 'mosaic_gpu' serves {', '.join(map(str, HEAD_DIMS))}")
