@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_gpu_plan import Grid
 
-from paxattn.kernels import gpu_blocks, gpu_paged_codes, gpu_paged_plan
+from paxattn.kernels import gpu_blocks, gpu_paged_ahead, gpu_paged_codes, gpu_paged_plan
+from paxattn.kernels.gpu_paged_ahead import Following
 from paxattn.kernels.gpu_paged_plan import Config, Plan, Problem
 
 
@@ -34,12 +36,13 @@ class Warp(Grid):
 
 
 @pytest.fixture
-def _warp(monkeypatch):
-    warp = Warp()
+def warp(monkeypatch):
+    fake = Warp()
     for module in (gpu_blocks, gpu_paged_plan):
-        monkeypatch.setattr(module, "jnp", warp)
-        monkeypatch.setattr(module, "lax", warp)
-    monkeypatch.setattr(gpu_paged_plan, "hopper_lanes", warp)
+        monkeypatch.setattr(module, "jnp", fake)
+        monkeypatch.setattr(module, "lax", fake)
+    monkeypatch.setattr(gpu_paged_plan, "hopper_lanes", fake)
+    return fake
 
 
 def plans(rng, count):
@@ -77,7 +80,7 @@ def visible_blocks(plan, row):
     return sorted({position // plan.config.block for position in range(first, kv_len)}) or [first // plan.config.block]
 
 
-@pytest.mark.usefixtures("unchecked", "_warp")
+@pytest.mark.usefixtures("unchecked", "warp")
 def test_every_block_is_read_once_and_the_shares_are_equal(rng):
     for plan in plans(rng, 25):
         read, shares = defaultdict(list), []
@@ -92,7 +95,7 @@ def test_every_block_is_read_once_and_the_shares_are_equal(rng):
         assert max(shares) - min(shares) <= 1
 
 
-@pytest.mark.usefixtures("unchecked", "_warp")
+@pytest.mark.usefixtures("unchecked", "warp")
 def test_the_parts_of_an_item_are_of_neighbours_and_have_places_of_their_own(rng):
     for plan in plans(rng, 25):
         parts, places, counters = defaultdict(list), [], set()
@@ -113,7 +116,7 @@ def test_the_parts_of_an_item_are_of_neighbours_and_have_places_of_their_own(rng
         assert len(counters) == len(parts)
 
 
-@pytest.mark.usefixtures("unchecked", "_warp")
+@pytest.mark.usefixtures("unchecked", "warp")
 def test_a_team_reads_the_same_blocks_of_neighbouring_heads(rng):
     for plan in plans(rng, 12):
         for team in range(plan.teams):
@@ -121,6 +124,51 @@ def test_a_team_reads_the_same_blocks_of_neighbouring_heads(rng):
             for items in zip(*of_members, strict=True):
                 assert len({(int(item.row), int(item.block), int(item.blocks)) for item in items}) == 1
                 assert [int(item.head - items[0].head) for item in items] == list(range(plan.team))
+
+
+class Rows:
+    """An array of pages of which only places are asked for."""
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, place):
+        return place
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_workers_read_first_is_brought_near(rng, monkeypatch, warp):
+    brought, allowed = [], []
+
+    def when(condition):
+        allowed[:] = [np.broadcast_to(condition, 32)]
+        return lambda body: body()
+
+    def prefetch(place, size):
+        assert size == 2 * plan.problem.head_dim
+        brought.extend(itertools.compress(zip(*np.broadcast_arrays(*place, np.arange(32)), strict=True), allowed[0]))
+
+    warp.prefetch = prefetch
+    for name, fake in dict(jnp=warp, lax=warp, hopper_lanes=warp).items():
+        monkeypatch.setattr(gpu_paged_ahead, name, fake)
+    monkeypatch.setattr(gpu_paged_ahead.pl, "when", when)
+    for plan in plans(rng, 12):
+        config = replace(plan.config, warpgroups=2 - plan.workers % 2)
+        following = Following(plan.problem, config, plan.workers // config.warpgroups)
+        table = rng.permutation(plan.rows * 2000).reshape(plan.rows, 2000)
+        arrays = Rows(), Rows(), table, plan.kv_lens, plan.cu_q_lens, plan.skipped
+        for warp.cta in range(0, following.blocks + 3, 5):
+            brought.clear()
+            following.bring_near(*arrays, wait=lambda: brought.clear())
+            here = range(config.warpgroups) if warp.cta < following.blocks else ()
+            wanted = []
+            for item in [plan.start(np.int64(warp.cta * config.warpgroups + which)) for which in here]:
+                begin, end = item.block * config.block, (item.block + item.blocks) * config.block
+                keys = range(int(max(begin, item.begin)), int(min(end, item.kv_len)))[: following.keys]
+                wanted += [(int(table[item.row, key // 16]), key % 16, int(item.head)) for key in keys]
+            assert sorted(tuple(map(int, one[:3])) for one in brought) == sorted(2 * wanted)
+    assert following.keys == 256
 
 
 @pytest.mark.parametrize(("kv_heads", "team"), [(1, 1), (2, 2), (7, 1), (8, 8), (12, 4), (32, 32), (40, 8)])
@@ -145,7 +193,7 @@ def test_pairs_of_heads_of_64_columns_are_read_as_one_where_their_queries_fit(di
     assert read_as.heads == problem.heads
 
 
-@pytest.mark.usefixtures("unchecked", "_warp")
+@pytest.mark.usefixtures("unchecked", "warp")
 def test_one_long_row_is_shared_by_all_workers():
     problem = Problem(64, 32, 8, 128, 16, 1, None, 1.0, None)
     plan = Plan(problem, Config(64, 6), 264, np.array([131072] + [512] * 63), np.arange(65))
@@ -153,7 +201,7 @@ def test_one_long_row_is_shared_by_all_workers():
     assert max(shares) - min(shares) <= 1
 
 
-@pytest.mark.usefixtures("unchecked", "_warp")
+@pytest.mark.usefixtures("unchecked", "warp")
 def test_who_has_read_its_share_looks_at_no_more_rows(monkeypatch):
     problem = Problem(64, 32, 8, 128, 16, 1, None, 1.0, None)
     plan = Plan(problem, Config(64, 6), 8, np.array([640, *[0] * 300]), np.array([0, *[1] * 301]))

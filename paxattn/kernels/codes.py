@@ -58,13 +58,14 @@ def compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
     largest = jnp.max(jnp.abs(split), axis=-1)
 
     def rounded(unit: Array) -> Array:
-        """x in that unit, as the dtype has it."""
+        """x in that unit, float32 numbers that the dtype has."""
         scaled = jnp.clip(split * jnp.where(unit > SMALLEST_UNIT, 1 / unit, 0)[..., None], -most, most)
-        return jnp.round(scaled) if dtype == jnp.int8 else scaled.astype(dtype)
+        step = 1 if dtype == jnp.int8 else _spacing(scaled)
+        return jnp.round(scaled / step) * step
 
     def of_unit(unit: Array) -> tuple[Array, ...]:
         """The squared error but for what all have in common, the scale and the unit."""
-        codes = rounded(unit).astype(jnp.float32)
+        codes = rounded(unit)
         norm, product = jnp.sum(codes * codes, axis=-1), jnp.sum(codes * split, axis=-1)
         scale = (product / jnp.where(norm > 0, norm, 1)).astype(jnp.float16)
         return scale.astype(jnp.float32) * (scale.astype(jnp.float32) * norm - 2 * product), scale, unit
@@ -77,3 +78,9 @@ def compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
 
     _, scale, unit = reduce(better, tried)
     return rounded(unit).astype(dtype).reshape(x.shape), scale
+
+
+def _spacing(x: Array) -> Array:
+    """From a number of float8_e4m3fn near the float32 x to the next one. XLA may leave out a conversion and one back."""
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
+    return jnp.maximum(power, 2**-6) / 8

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 
 from paxattn.kernels import (
     gpu_flash_fwd_plan,
@@ -25,6 +24,7 @@ from paxattn.kernels import (
 )
 from paxattn.kernels.gpu_blocks import ROWS
 from paxattn.kernels.gpu_flash import multiprocessors, on_hopper
+from paxattn.kernels.gpu_paged_ahead import Following
 from paxattn.kernels.problem import Problem
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -101,10 +101,13 @@ def _rows(problem: gpu_paged_plan.Problem, compressed: bool, some_are_long: bool
         kind, config = gpu_paged_codes.CODES, gpu_paged_codes.config_for(problem)
     else:
         kind, config = gpu_paged_decode.PLAIN, gpu_paged_plan.config_for(read_as)
-    results = gpu_paged_decode.decode(kind, read_as, config, blocks, *arrays)
-    if not some_are_long:
-        return results[:2]
-    return _prefill(_dense(problem, arrays[2], causal=True), problem.page_size, problem.max_q_len, arrays[:-1], results)
+    results = None
+    if some_are_long:
+        following = Following(read_as, config, blocks)
+        counters = jnp.zeros(gpu_paged_decode.counters(blocks * config.warpgroups) + 1, jnp.int32)
+        dense = _dense(problem, arrays[2], causal=True)
+        results = _prefill(dense, problem.page_size, problem.max_q_len, following, arrays[:-1], counters)
+    return gpu_paged_decode.decode(kind, read_as, config, blocks, results, *arrays)
 
 
 def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q_lens, prefix_len):
@@ -128,9 +131,8 @@ def _prefix(problem: gpu_paged_plan.Problem, q, pages, page_table, kv_lens, cu_q
     ends = jnp.arange(parts + 1, dtype=jnp.int32) * tokens
     every = replace(dense, q_len=parts * tokens)
     all_q = jnp.tile(q, (parts, 1, 1))
-    unwritten = lax.empty(all_q.shape, q.dtype), lax.empty((problem.heads, parts * tokens), jnp.float32)
-    results = *unwritten, jnp.zeros(1, jnp.int32)
-    out, lse = _prefill(every, size, 0, (all_q, pages, table, lens, ends, None, None), results)
+    arrays = all_q, pages, table, lens, ends, None, None
+    out, lse, _ = _prefill(every, size, 0, None, arrays, jnp.zeros(1, jnp.int32))
     return out.reshape(parts, *q.shape), lse.reshape(problem.heads, parts, tokens)
 
 
@@ -141,21 +143,22 @@ def _dense(problem: gpu_paged_plan.Problem, page_table: Array, causal: bool) -> 
     return Problem(*shape, problem.left, 0 if causal else None, problem.scale, problem.softcap)
 
 
-def _prefill(problem: Problem, page_size: int, few: int, arrays: tuple, results: tuple) -> tuple[Array, Array]:
-    """The first two of `results`, with those of the rows of more than `few` queries; the third is counters."""
+def _prefill(
+    problem: Problem, page_size: int, few: int, following: Following | None, arrays: tuple, counters: Array
+) -> tuple[Array, Array, Array]:
+    """Of the rows of more than `few` queries -> out, lse, and the counters, of which the last one is used."""
     q, pages, page_table, kv_lens, cu_q_lens, skipped, sinks = arrays
     config = gpu_flash_fwd_plan.config_for(problem)
     inputs = q[None], *pages, page_table, kv_lens, cu_q_lens
     sinks = None if sinks is None else sinks[None]
 
-    def run(inputs, skipped, sinks, results):
-        fixed = problem, config, multiprocessors(), page_size, few
-        out, lse, counters = results
-        state = out[None], lse[None], counters
-        return pl.run_state(lambda refs: gpu_paged_prefill.prefill(*fixed, inputs, skipped, sinks, refs))(state)
+    def run(inputs, skipped, sinks, counters):
+        fixed = problem, config, multiprocessors(), page_size, few, following
+        counters = jax.new_ref(counters)
+        out, lse = gpu_paged_prefill.prefill(*fixed, inputs, skipped, sinks, counters)
+        return out[0], lse[0], jax.freeze(counters)
 
-    out, lse, _ = lax.optimization_barrier(hopper.apart(run)(inputs, skipped, sinks, results))
-    return out[0], lse[0]
+    return hopper.apart(run)(inputs, skipped, sinks, counters)
 
 
 def _merge(one: tuple[Array, Array], others: tuple[Array, Array], tokens: Array) -> tuple[Array, Array]:

@@ -26,7 +26,7 @@ from paxattn.kernels.hopper_lanes import LANES
 from paxattn.kernels.problem import LOG2E
 
 NEVER = -1e30  # a maximum that nothing reaches; finite, so that differences are
-LINE = 32  # entries of the page table that come together
+TOGETHER = 32  # entries of the page table that come with one line of the cache
 FEW = 4  # parts of an item that are on their way together where there are no more, and
 MANY_REGISTERS = 96  # what more of them may fill: a round costs the latency of memory, however many are on their way
 # Registers a thread of two consumers and a producer: the 3 x 168 that they start with, shared out. For more than there
@@ -49,6 +49,7 @@ def decode(
     problem: Problem,
     config: Config,
     num_sms: int,
+    into: tuple[Array, Array, Array] | None,
     q,
     pages,
     page_table,
@@ -57,13 +58,12 @@ def decode(
     skipped,
     sinks,
     more,
-) -> tuple[Array, Array, Array]:
-    """q [T,H,D], pages [N,P,K,...] each, page_table [R,M] -> out [T,H,D], lse float32 [H,T], and counters, int32, of
-    which the last is 0 still, for another kernel.
+) -> tuple[Array, Array]:
+    """q [T,H,D], pages [N,P,K,...] each, page_table [R,M] -> out [T,H,D], lse float32 [H,T].
 
     Rows of more than max_q_len queries are left out, and of all rows the first `skipped` [1] keys. What is found is
     merged with what is known of more keys, out [parts,T,H,D] and lse [H,parts,T]. These and sinks, float32 [H], may be
-    None.
+    None. If `into` is given, an out, an lse and counters that are 0, the results of other rows stay there.
     """
     workers = num_sms * config.warpgroups
     queries = q.reshape(-1, q.shape[-1])
@@ -81,15 +81,27 @@ def decode(
     body = partial(_kernel, kind, problem, config, num_sms, len(pages), tuple(given))
     scratch = kind.scratch(problem, config, pages[0].dtype)
     scratch |= gpu_queue.scratch(len(kind.producers), FIELDS, config.warpgroups)
-    call = hopper.kernel(body, num_sms, config.warpgroups, scratch, out_type)
+    inputs = queries, *pages, page_table, kv_lens, cu_q_lens, *given.values()
+    if into is None:
+        call = hopper.kernel(body, num_sms, config.warpgroups, scratch, out_type)
+        run = lambda *inputs: call(*inputs, jax.new_ref(jnp.zeros(counters(workers), jnp.int32)))
+        out, lse, *_ = hopper.apart(run)(*inputs)
+    else:
+        call = hopper.kernel(body, num_sms, config.warpgroups, scratch, out_type[2:])
 
-    def run(*inputs):
-        counters = jax.new_ref(jnp.zeros(4 * workers + 1, jnp.int32))
-        out, lse, *_ = call(*inputs, counters)
-        return out, lse, jax.freeze(counters)
+        def run_into(inputs, *into):
+            refs = [jax.new_ref(x) for x in into]
+            call(*inputs, *refs)
+            return [jax.freeze(ref) for ref in refs[1:]]
 
-    out, lse, counters = hopper.apart(run)(queries, *pages, page_table, kv_lens, cu_q_lens, *given.values())
-    return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens), counters
+        shaped = into[2], into[0].reshape(out_type[0].shape), into[1].reshape(out_type[1].shape)
+        out, lse = hopper.apart(run_into)(inputs, *shaped)
+    return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
+
+
+def counters(workers: int) -> int:
+    """Of each warp of a worker, how many have left a part."""
+    return 4 * workers
 
 
 def _scratch(problem: Problem, config: Config, dtype) -> dict:
@@ -195,7 +207,7 @@ class Producer:
     def prefetch_table(self) -> None:
         """Have the table, or its first megabyte, on its way while the lengths tell which of its rows is needed."""
         rows, columns = self.page_table.shape
-        at = (self.worker * LANES + hopper_lanes.lane()) * LINE
+        at = (self.worker * LANES + hopper_lanes.lane()) * TOGETHER
         row, column = divide(at, columns)
         hopper_lanes.prefetch(self.page_table.at[jnp.minimum(row, rows - 1), column])
 
@@ -270,7 +282,7 @@ class Consumer:
     lse: Any  # [H*T]
     part: Any  # [2*workers*rows,D]: of each worker the item that it goes on with, then the one that others go on with
     part_lse: Any
-    counters: Any  # [4*workers+1]: of the item that each worker begins and others go on with, how many have left a part
+    counters: Any  # of the item that each worker begins and others go on with, how many have left a part
 
     slots_a_block: ClassVar[int] = 2
     weight: ClassVar[float] = 1.0  # of the weights that the sums are of

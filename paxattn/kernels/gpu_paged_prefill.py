@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -17,6 +18,7 @@ from paxattn.kernels import gpu_queue, hopper, hopper_lanes
 from paxattn.kernels.gpu_blocks import ROWS, iota
 from paxattn.kernels.gpu_flash_fwd import LOOK_UP, Consumer, Producer, Taken, scratch_of, take_items
 from paxattn.kernels.gpu_flash_fwd_plan import Config, Item
+from paxattn.kernels.gpu_paged_ahead import Following
 from paxattn.kernels.gpu_paged_prefill_plan import FIELDS, PagedPlan, most_tiles
 from paxattn.kernels.hopper import ROW
 from paxattn.kernels.problem import Problem
@@ -28,31 +30,43 @@ def prefill(
     num_sms: int,
     page_size: int,
     few: int,
+    following: Following | None,
     inputs: tuple[Array, ...],
     skipped: Array | None,
     sinks: Array | None,
-    results: tuple,
-) -> None:
-    """Write the result of the rows of more than `few` queries to refs out [1,T,H,D] and lse [1,H,T].
-
-    These are the first two of `results`; the third is counters, of which the last is 0.
+    counters: Any,
+) -> tuple[Array, Array]:
+    """Of the rows of more than `few` queries -> out [1,T,H,D], lse float32 [1,H,T].
 
     inputs: q [1,T,H,D], k, v [N,P,K,D], page_table [R,M], kv_lens [R] and cu_q_lens [R+1]; skipped int32 [1], how many
-    of every row's first keys to leave out; sinks float32 [1,H].
+    of every row's first keys to leave out; sinks float32 [1,H]; counters, a ref of int32, of which the last is 0. What
+    the kernel that follows reads first is brought to the cache.
     """
     rows = len(inputs[-2])
     ctas = min(num_sms, problem.heads * most_tiles(problem.q_len, rows, config.block_q))
     pieces = max(1, config.block_kv // page_size)
     scratch = scratch_of(problem, config, inputs[0].dtype, pieces)
     scratch |= gpu_queue.scratch(config.warpgroups + 2, FIELDS) | gpu_queue.on_demand()
+    scratch |= dict(ending=plgpu.Barrier())
     given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
-    body = partial(_kernel, problem, config, ctas, page_size, few, tuple(given))
-    call = hopper.kernel(body, ctas, config.warpgroups, scratch)
-    call(*inputs, *given.values(), *results)
+    body = partial(_kernel, problem, config, ctas, page_size, few, following, tuple(given))
+    lse = jax.ShapeDtypeStruct((1, problem.heads, problem.q_len), jnp.float32)
+    call = hopper.kernel(body, ctas, config.warpgroups, scratch, (jax.typeof(inputs[0]), lse))
+    return call(*inputs, *given.values(), counters)
 
 
-def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, few: int, names: tuple, *refs, **smem):
-    q, k, v, page_table, kv_lens, cu_q_lens, *extra, out, lse, counters = refs
+def _kernel(
+    problem: Problem,
+    config: Config,
+    ctas: int,
+    page_size: int,
+    few: int,
+    following: Following | None,
+    names: tuple,
+    *refs,
+    **smem,
+):
+    q, k, v, page_table, kv_lens, cu_q_lens, *extra, counters, out, lse = refs
     given, counter = dict(zip(names, extra, strict=True)), counters.at[counters.shape[0] - 1]
     plan = PagedPlan(problem, config, ctas, few, kv_lens, cu_q_lens, given.get("skipped"))
     wg, feed = lax.axis_index("wg"), Taken(plan, smem)
@@ -68,11 +82,19 @@ def _kernel(problem: Problem, config: Config, ctas: int, page_size: int, few: in
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 0)(lambda: take_items(plan, smem, counter))
+            @pl.when(warp == 0)
+            def _():
+                take_items(plan, smem, counter)
+                plgpu.barrier_arrive(smem["ending"])
+
             # Pages are many copies: keys and values have a warp each.
             for number, name in enumerate("kv", 1):
                 producer = PagedProducer(problem, config, feed, smem, q, k, v, page_table, page_size, name)
                 pl.when(warp == number)(producer.run)
+            if following is not None:
+                wait = lambda: plgpu.barrier_wait(smem["ending"])
+                lengths = kv_lens, cu_q_lens, given.get("skipped")
+                pl.when(warp == 3)(lambda: following.bring_near(k, v, page_table, *lengths, wait))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 SCALAR = plgpu.Layout.WG_SPLAT
 LANES = 32
+LINE = 128  # bytes, of the cache
 
 
 def lane() -> Array:
@@ -56,12 +57,13 @@ def _int32(text: str, *operands: Any) -> Array:
     return issue(*(jnp.asarray(x, jnp.int32) for x in operands))
 
 
-def prefetch(place: Any) -> None:
-    """Have what is at a place in global memory, of each lane, brought near."""
+def prefetch(place: Any, size: int = 1) -> None:
+    """Have so many bytes from a place in global memory on, of each lane, brought near, line after line."""
+    text = " ".join(f"prefetch.global.L2 [$0 + {at}];" for at in range(0, size, LINE))
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def issue(_, place):
-        text, void = "prefetch.global.L2 [$0];", ir.Type.parse("!llvm.void")
+        void = ir.Type.parse("!llvm.void")
         llvm.inline_asm(void, [mgpu.utils.memref_ptr(place)], text, "l", has_side_effects=True)
 
     issue(place)
