@@ -49,7 +49,7 @@ class Following:
                         hopper_lanes.prefetch(x.at[page, offset, head], 2 * self.problem.head_dim)
 
     def _first_of(self, plan: gpu_paged_plan.Plan, worker, page_table) -> tuple[Array, list[tuple[Array, Any, Array]]]:
-        """A worker's first head and, for some of its first keys, one a lane, whether there is one, its page and place."""
+        """A worker's first head and, for its first keys, one a lane, whether there is one, its page and place."""
         item, size, block = plan.start(worker), jnp.int32(self.problem.page_size), self.config.block
         begin = jnp.maximum(item.block * block, item.begin)
         end = jnp.minimum((item.block + item.blocks) * block, item.kv_len)
