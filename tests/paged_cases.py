@@ -192,6 +192,7 @@ def check_compressed(exact, got, want):
     assert others.sum() <= 0.03 * others.size + 2
     assert (codes == wanted)[~others].mean() >= 0.999
     pairs = (codes, scales), (wanted, wanted_scales)
-    error, floor = (np.sqrt(((x * scale[..., None] - exact) ** 2).sum(axis=-1)) for x, scale in pairs)
-    assert (error <= 1.2 * floor + 1e-5 * np.abs(exact).max(axis=-1)).all()
+    error, floor = (((x * scale[..., None] - exact) ** 2).sum(axis=-1) for x, scale in pairs)
+    assert (error <= 1.2 * floor + 4e-6 * (exact**2).sum(axis=-1)).all()
+    error, floor = np.sqrt(error), np.sqrt(floor)
     assert error.sum() <= 1.0005 * floor.sum() + 0.1 * floor.max()
