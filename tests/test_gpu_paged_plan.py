@@ -146,7 +146,7 @@ def test_what_workers_read_first_is_brought_near(rng, monkeypatch, warp):
         return lambda body: body()
 
     def prefetch(place, size):
-        assert size == 2 * plan.problem.head_dim
+        assert size == 2 * plan.problem.head_dim * following.heads
         brought.extend(itertools.compress(zip(*np.broadcast_arrays(*place, np.arange(32)), strict=True), allowed[0]))
 
     warp.prefetch = prefetch
@@ -160,13 +160,16 @@ def test_what_workers_read_first_is_brought_near(rng, monkeypatch, warp):
         arrays = Rows(), Rows(), table, plan.kv_lens, plan.cu_q_lens, plan.skipped
         for warp.cta in range(0, following.blocks + 3, 5):
             brought.clear()
-            following.bring_near(*arrays, wait=lambda: brought.clear())
-            here = range(config.warpgroups) if warp.cta < following.blocks else ()
-            wanted = []
-            for item in [plan.start(np.int64(warp.cta * config.warpgroups + which)) for which in here]:
+            following.bring_near(*arrays)
+            items = [plan.start(np.int64(warp.cta * config.warpgroups + which)) for which in range(following.heads)]
+            wanted: list = []
+            if warp.cta < following.blocks:
+                assert {int(item.head - items[0].head - i) for i, item in enumerate(items)} == {0}
+                assert len({(int(item.row), int(item.block), int(item.blocks)) for item in items}) == 1
+                item = items[0]
                 begin, end = item.block * config.block, (item.block + item.blocks) * config.block
                 keys = range(int(max(begin, item.begin)), int(min(end, item.kv_len)))[: following.keys]
-                wanted += [(int(table[item.row, key // 16]), key % 16, int(item.head)) for key in keys]
+                wanted = [(int(table[item.row, key // 16]), key % 16, int(item.head)) for key in keys]
             assert sorted(tuple(map(int, one[:3])) for one in brought) == sorted(2 * wanted)
     assert following.keys == 256
 

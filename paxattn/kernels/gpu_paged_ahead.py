@@ -4,9 +4,7 @@ While many queries are worked on, memory has nothing to do: at the end of that t
 worker can be on their way already.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -31,31 +29,32 @@ class Following:
         """How many of a worker are brought near."""
         return BYTES // (2 * 2 * self.problem.head_dim)
 
-    def bring_near(self, k, v, page_table, kv_lens, cu_q_lens, skipped, wait: Callable[[], None]) -> None:
-        """By a warp of each block of the kernel before, for the workers of that block; k, v [N,P,K,D].
+    @property
+    def heads(self) -> int:
+        """How many of the workers of a block read neighbouring heads of the same keys; where not all do, the first."""
+        each = self.config.warpgroups
+        return each if self.problem.team(self.blocks * each) % each == 0 else 1
 
-        All that takes long to find out is found out before `wait`.
-        """
-        each, cta = self.config.warpgroups, lax.axis_index("cta")
-        plan = gpu_paged_plan.Plan(self.problem, self.config, self.blocks * each, kv_lens, cu_q_lens, skipped)
-        found = [self._first_of(plan, cta * each + i, page_table) for i in range(each)]
-        wait()
-        for head, places in found:
-            for there, page, offset in places:
-
-                @pl.when(there & (cta < self.blocks))
-                def _(page=page, offset=offset, head=head):
-                    for x in (k, v):
-                        hopper_lanes.prefetch(x.at[page, offset, head], 2 * self.problem.head_dim)
-
-    def _first_of(self, plan: gpu_paged_plan.Plan, worker, page_table) -> tuple[Array, list[tuple[Array, Any, Array]]]:
-        """A worker's first head and, for its first keys, one a lane, whether there is one, its page and place."""
-        item, size, block = plan.start(worker), jnp.int32(self.problem.page_size), self.config.block
+    def bring_near(self, k, v, page_table, kv_lens, cu_q_lens, skipped) -> None:
+        """By a warp of each block of the kernel before, for the workers of that block; k, v [N,P,K,D]."""
+        workers, cta = self.blocks * self.config.warpgroups, lax.axis_index("cta")
+        plan = gpu_paged_plan.Plan(self.problem, self.config, workers, kv_lens, cu_q_lens, skipped)
+        item, block = plan.start(cta * self.config.warpgroups), self.config.block
         begin = jnp.maximum(item.block * block, item.begin)
         end = jnp.minimum((item.block + item.blocks) * block, item.kv_len)
-        places = []
-        for start in range(0, self.keys, LANES):
-            key = begin + start + hopper_lanes.lane()
-            page = page_table[item.row, lax.div(jnp.minimum(key, jnp.maximum(end - 1, 0)), size)]
-            places.append((key < end, page, lax.rem(key, size)))
-        return item.head * self.problem.abreast, places
+        end = jnp.where(cta < self.blocks, end, begin)
+        # All are looked up before the first is asked for, which waits for nothing then.
+        places = [self._place(page_table, item.row, begin + start, end) for start in range(0, self.keys, LANES)]
+        for there, page, offset in places:
+
+            @pl.when(there)
+            def _(page=page, offset=offset):
+                for x in (k, v):
+                    row = x.at[page, offset, item.head * self.problem.abreast]
+                    hopper_lanes.prefetch(row, 2 * self.problem.head_dim * self.heads)
+
+    def _place(self, page_table, row, start, end) -> tuple[Array, Array, Array]:
+        """Of a key in each lane, whether it is before `end`, and its page and place there."""
+        key = start + hopper_lanes.lane()
+        page = lax.div(jnp.minimum(key, jnp.maximum(end - 1, 0)), jnp.int32(self.problem.page_size))
+        return key < end, page_table[row, page], lax.rem(key, jnp.int32(self.problem.page_size))

@@ -47,7 +47,6 @@ def prefill(
     pieces = max(1, config.block_kv // page_size)
     scratch = scratch_of(problem, config, inputs[0].dtype, pieces)
     scratch |= gpu_queue.scratch(config.warpgroups + 2, FIELDS) | gpu_queue.on_demand()
-    scratch |= dict(ending=plgpu.Barrier())
     given = {name: x for name, x in dict(skipped=skipped, sinks=sinks).items() if x is not None}
     body = partial(_kernel, problem, config, ctas, page_size, few, following, tuple(given))
     lse = jax.ShapeDtypeStruct((1, problem.heads, problem.q_len), jnp.float32)
@@ -85,16 +84,13 @@ def _kernel(
             @pl.when(warp == 0)
             def _():
                 take_items(plan, smem, counter)
-                plgpu.barrier_arrive(smem["ending"])
+                if following is not None:  # What is left to do here takes longer than to find out what that needs.
+                    following.bring_near(k, v, page_table, kv_lens, cu_q_lens, given.get("skipped"))
 
             # Pages are many copies: keys and values have a warp each.
             for number, name in enumerate("kv", 1):
                 producer = PagedProducer(problem, config, feed, smem, q, k, v, page_table, page_size, name)
                 pl.when(warp == number)(producer.run)
-            if following is not None:
-                wait = lambda: plgpu.barrier_wait(smem["ending"])
-                lengths = kv_lens, cu_q_lens, given.get("skipped")
-                pl.when(warp == 3)(lambda: following.bring_near(k, v, page_table, *lengths, wait))
 
 
 @dataclass(frozen=True)
