@@ -24,11 +24,13 @@ class Decoder(nnx.Module):
             self.head = weight(rngs, config.vocab_size, config.embed_dim, dtype=dtype)
 
     def __call__(self, tokens: Array, positions: Array, kv: Any) -> tuple[Array, Any]:
-        """tokens, positions i32 [T] and a store -> hidden [T,E], and the store written to."""
+        """tokens, positions i32 [T] and a store -> hidden [T,E], or [W,E] of those that it says are wanted, and the
+        store written to."""
         turn = rotation(positions, self.config)
         x = self.embed[...][tokens]
+        wanted, last = getattr(kv, "wanted", None), len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            x, kv = block(layer, x, turn, kv)
+            x, kv = block(layer, x, turn, kv, wanted if layer == last else None)
         return self.norm(x), kv
 
     def logits(self, hidden: Array) -> Array:

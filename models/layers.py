@@ -86,13 +86,13 @@ class Attention(nnx.Module):
         self.out = weight(rngs, config.embed_dim, config.num_heads * config.head_dim, dtype=dtype)
 
     def __call__(
-        self, layer: int, x: Array, norm: RMSNorm, rotation: tuple[Array, Array], kv: Any
+        self, layer: int, x: Array, norm: RMSNorm, rotation: tuple[Array, Array], kv: Any, wanted: Array | None
     ) -> tuple[Array, Any]:
         qkv = norm.matmul(x, self.qkv).reshape(len(x), *self.qkv.shape[:3])
         qk = rotate(qkv[:, :, :-1], rotation)
         q = qk[:, :, :-1].reshape(len(x), -1, qk.shape[-1])
         out, kv = kv.attend(layer, q, qk[:, :, -1], qkv[:, :, -1])
-        return matmul(out.reshape(len(x), -1), self.out), kv
+        return matmul(_those(wanted, out.reshape(len(x), -1)), self.out), kv
 
 
 class Block(nnx.Module):
@@ -102,10 +102,17 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, layer: int, x: Array, rotation: tuple[Array, Array], kv: Any) -> tuple[Array, Any]:
-        attended, kv = self.attention(layer, x, self.attention_norm, rotation, kv)
-        x = x + attended
+    def __call__(
+        self, layer: int, x: Array, rotation: tuple[Array, Array], kv: Any, wanted: Array | None = None
+    ) -> tuple[Array, Any]:
+        """x [T,E] -> [T,E], or of the tokens at wanted [W] alone [W,E], and the store written to."""
+        attended, kv = self.attention(layer, x, self.attention_norm, rotation, kv, wanted)
+        x = _those(wanted, x) + attended
         return x + self.mlp(x, self.mlp_norm), kv
+
+
+def _those(wanted: Array | None, x: Array) -> Array:
+    return x if wanted is None else x[wanted]
 
 
 def rotation(positions: Array, config: Config) -> tuple[Array, Array]:

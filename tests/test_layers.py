@@ -23,3 +23,20 @@ def test_a_norm_behind_the_product_is_the_norm_before_it(dtype, rtol, size, rng)
         assert alone.dtype == dtype
         want = np.asarray(among_others[row], np.float32)
         np.testing.assert_allclose(np.asarray(alone[0], np.float32), want, atol=rtol * np.abs(want).max(), rtol=0)
+
+
+def test_hidden_states_of_wanted_tokens_are_those_among_all(tiny, new_store, rng):
+    (model, params), store = tiny, new_store(tiny[0].config, max_seqs=3, max_len=20)
+    kv, _ = store.extend(jnp.asarray([5, 0, 3], jnp.int32), num_tokens=11)
+    tokens = jnp.asarray(rng.integers(0, 50, 11), jnp.int32)
+    places = jnp.asarray([7, 4, 0, 4], jnp.int32)
+    every, after_all = model(params, tokens, kv.batch.positions, kv)
+    some, after_some = model(params, tokens, kv.batch.positions, kv.want(places))
+    assert some.shape == (4, every.shape[1])
+    np.testing.assert_allclose(some, every[places], atol=1e-5)
+    for x, y in zip(after_all.layers, after_some.layers, strict=True):
+        np.testing.assert_array_equal(x.k, y.k)
+    assert kv.wanted is None
+    assert after_some.end_step().wanted is None
+    with pytest.raises(ValueError, match="want: no step is under way"):
+        store.want(places)

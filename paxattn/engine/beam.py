@@ -144,8 +144,8 @@ def _search(model, params, kv, tokens, q_lens, rule, sizes) -> tuple[Any, _Hypot
 def _advance(model, params, rule, state: _State, tokens: Array, ok: Array) -> _State:
     """Run the store's batch and go on with the best of all beams' next tokens."""
     prompts, beams, _ = state.alive.ids.shape
-    hidden, kv = model(params, tokens, state.kv.batch.positions, state.kv)
-    last, kv = last_hidden(hidden, kv.batch)[: prompts * beams], kv.end_step()
+    last, kv = last_hidden(model, params, tokens, state.kv)
+    last = last[: prompts * beams]
     score = jnp.where(ok[: prompts * beams].reshape(prompts, beams), state.alive.score, -jnp.inf)
     chances = jax.nn.log_softmax(model.logits(params, last), axis=-1).reshape(prompts, beams, -1)
     # Twice as many as beams, so that enough are left to go on from where some of them stop.

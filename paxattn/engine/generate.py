@@ -27,7 +27,10 @@ class Model(Protocol):
     """A decoder as a pure function of its parameters; hashable, as it is static under jit."""
 
     def __call__(self, params: Any, tokens: Array, positions: Array, kv: Any) -> tuple[Array, Any]:
-        """Packed tokens and positions i32 [T] and a store -> hidden states [T,E], and the store written to."""
+        """Packed tokens and positions i32 [T] and a store -> hidden states [T,E], and the store written to.
+
+        Where `kv.wanted` tells of which tokens they are looked at, it may also give those alone, [W,E].
+        """
 
     def logits(self, params: Any, hidden: Array) -> Array:
         """[...,E] -> float32 [...,V]"""
@@ -190,13 +193,20 @@ def decode(model: Model, params: Any, state: State) -> State:
     """`step`, to be traced into a larger program."""
     running = state.reason == RUNNING
     kv, ok = state.kv.extend(running.astype(jnp.int32), num_tokens=running.shape[0], max_q_len=1)
-    hidden, kv = model(params, state.tokens[kv.batch.rows], kv.batch.positions, kv)
-    return _draw(model, params, replace(state, kv=kv.end_step()), last_hidden(hidden, kv.batch), ok)
+    last, kv = last_hidden(model, params, state.tokens[kv.batch.rows], kv)
+    return _draw(model, params, replace(state, kv=kv), last, ok)
 
 
-def last_hidden(hidden: Array, batch: Any) -> Array:
-    """[R,E], of each row's last token in the batch; anything for rows that have none."""
-    return hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]
+def last_hidden(model: Model, params: Any, tokens: Array, kv: Any) -> tuple[Array, Any]:
+    """`hidden_at` each row's last token in the batch; anything for rows that have none."""
+    return hidden_at(jnp.maximum(kv.batch.cu_q_lens[1:] - 1, 0), model, params, tokens, kv)
+
+
+def hidden_at(places: Array, model: Model, params: Any, tokens: Array, kv: Any) -> tuple[Array, Any]:
+    """Take the step under way with tokens [T]: hidden states [W,E] at places [W] of them, and the store after it."""
+    fewer = len(places) < len(tokens)
+    hidden, kv = model(params, tokens, kv.batch.positions, kv.want(places) if fewer else kv)
+    return hidden if fewer and len(hidden) == len(places) else hidden[places], kv.end_step()
 
 
 def _draw(model, params, state: State, last: Array, ok: Array) -> State:
@@ -222,8 +232,7 @@ def _prefill(model, params, kv, tokens, q_lens, parents, sampling, stopping):
     parents: i32 [R], the row whose prompt each row continues, or None: its own.
     """
     kv, ok = kv.extend(q_lens, num_tokens=tokens.shape[0])
-    hidden, kv = model(params, tokens, kv.batch.positions, kv)
-    last, kv = last_hidden(hidden, kv.batch), kv.end_step()
+    last, kv = last_hidden(model, params, tokens, kv)
     if parents is not None:
         kv, forked = kv.fork(parents, jnp.arange(len(parents)))
         last, ok, q_lens = last[parents], ok[parents] & forked, q_lens[parents]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paxattn.engine.drafts import look_up
-from paxattn.engine.generate import Model
+from paxattn.engine.generate import Model, hidden_at
 from paxattn.engine.rules import Rules, log_probabilities
 from paxattn.engine.sampling import sample
 from paxattn.kv.page_table import PageTable
@@ -212,13 +212,13 @@ def step(model: Model, params: Any, slots: Slots, shape: Shape) -> tuple[Slots, 
     q_lens = guessed + _shares(slots, shape, room - jnp.sum(guessed, dtype=jnp.int32))
     kv, ok = slots.kv.extend(q_lens, num_tokens=room, max_q_len=None if shape.prefill else width)
     batch: Batch = kv.batch  # type: ignore[assignment]
-    hidden, kv = model(params, slots.tokens[batch.rows, batch.positions], batch.positions, kv)
-    kv = kv.end_step()
+    place = batch.cu_q_lens[1:, None] - 1 - guessed[:, None] + jnp.arange(width)[None, :]
+    place, tokens = jnp.clip(place, 0, room - 1), slots.tokens[batch.rows, batch.positions]
+    hidden, kv = hidden_at(place.reshape(-1), model, params, tokens, kv)
 
     fed = ok & (q_lens > 0) & slots.running & (kv.lens == slots.known + guessed)
     draws = fed & ~slots.paused
-    place = batch.cu_q_lens[1:, None] - 1 - guessed[:, None] + jnp.arange(width)[None, :]
-    drawn, told = _draw(model, params, slots, hidden[jnp.clip(place, 0, len(hidden) - 1)], shape)
+    drawn, told = _draw(model, params, slots, hidden, shape)
     count, state = _accept(slots, drafts, guessed, drawn)
     count = jnp.where(draws, count, 0)
 
@@ -289,9 +289,8 @@ def _shares(slots: Slots, shape: Shape, room: Array) -> Array:
 
 
 def _draw(model, params, slots: Slots, hidden: Array, shape: Shape) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Tokens i32 [R,W] from hidden states [R,W,E], and their log-probabilities."""
-    rows, width, _ = hidden.shape
-    hidden = hidden.reshape(rows * width, -1)
+    """Tokens i32 [R,W] from hidden states [R*W,E], and their log-probabilities."""
+    rows, width = len(slots.known), shape.width
     rules, known = jax.tree.map(partial(_each, width), (slots.rules.of_running(slots.running), slots.known))
     known = known + jnp.tile(jnp.arange(width), rows)
 

@@ -39,6 +39,7 @@ class Batch:
       kv_lens: i32 [R], tokens of each row, this step's included.
       cu_q_lens: i32 [R+1]
       max_q_len: static; no row has more tokens in this step. None = unknown.
+      wanted: i32 [W], the tokens of which anybody looks at the hidden states; None = all.
     """
 
     rows: Array
@@ -47,6 +48,7 @@ class Batch:
     kv_lens: Array
     cu_q_lens: Array
     max_q_len: int | None = field(metadata=_STATIC)
+    wanted: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,17 @@ class _Store:
         )
         layers = (*self.layers[:layer], pages, *self.layers[layer + 1 :])
         return out, replace(self, layers=layers)
+
+    def want(self, places: Array) -> Self:
+        """Say of which tokens of the step under way hidden states are looked at, as places i32 [W] among them."""
+        if self.batch is None:
+            raise ValueError("want: no step is under way, call extend first")
+        return replace(self, batch=replace(self.batch, wanted=places))
+
+    @property
+    def wanted(self) -> Array | None:
+        """What `want` was told, None = of all. Behind its last attention a model may leave all others out."""
+        return None if self.batch is None else self.batch.wanted
 
     def end_step(self) -> Self:
         """The store at rest, the same pytree structure after a step of any size."""
