@@ -18,7 +18,7 @@ def weight(rngs: nnx.Rngs, *shape: int, dtype: Any) -> nnx.Param:
 def matmul(x: Array, weight: nnx.Param) -> Array:
     """[T,I] and [...,O,I] -> [T,O], the weight's leading axes in O."""
     matrix = weight[...].reshape(-1, x.shape[-1])
-    if len(x) > 1:
+    if len(x) != 1:
         return _product(x, matrix)
     return jax.lax.platform_dependent(x, matrix, cuda=_sums, default=_product)
 
@@ -30,7 +30,9 @@ def _product(x: Array, matrix: Array) -> Array:
 
 def _sums(x: Array, matrix: Array) -> Array:
     """Of one row: on a GPU XLA reads the matrix by a reduction, in which what is done with the result is, too."""
-    return jnp.sum(matrix.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None].astype(x.dtype)
+    kind = jnp.result_type(x, matrix)
+    exact = kind if kind == jnp.float64 else jnp.float32
+    return jnp.sum(matrix.astype(exact) * x.astype(exact), axis=1)[None].astype(kind)
 
 
 class RMSNorm(nnx.Module):

@@ -127,6 +127,21 @@ def check_prefix(case, inputs, prefix):
     assert error(got, want) <= 1.5 * error(plainly, want) + 1e-6
 
 
+@pytest.mark.parametrize("q_lens", [(40, 1, 1), (300, *[1] * 40), (17, 0, 130)])
+def test_several_mixed_calls_in_a_scan_are_those_one_by_one(q_lens, rng):
+    """Each call's results are a slice of what the scan stacks; one tiny chunk beside many rows, and no such rows."""
+    case = PagedCase(
+        "mixed", q_lens, tuple(n + 200 * (i % 3) for i, n in enumerate(q_lens)), (8, 2, 128), 16, padding=5
+    )
+    calls = [paged_inputs(case, rng, "bfloat16") for _ in range(3)]
+    attend = partial(paged_attention, implementation=GPU)
+    call = jax.jit(lambda inputs: attend(**inputs))
+    together = jax.jit(jax.vmap(lambda inputs: attend(**inputs)))(jax.tree.map(lambda *x: jnp.stack(x), *calls))
+    for i, inputs in enumerate(calls):
+        for got, want in zip(together, call(inputs), strict=True):
+            assert np.asarray(got[i]).tobytes() == np.asarray(want).tobytes()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (3, 80), (1, 64), (2, 96), (5, 256)])
 def test_writes_are_those_of_xla_bit_for_bit(kv_heads, dim, dtype, rng):

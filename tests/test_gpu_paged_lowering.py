@@ -275,7 +275,7 @@ def test_write_pages_of_no_tokens_is_declined_by_name(page_dtype):
         ("head dim 48", 48, (3, 1), "bfloat16"),
         ("scales of int8, 1 and 1 a head", 64, (1, 1), "bfloat16"),
         ("scales of int8, 4 and 2 a head", 64, (4, 2), "bfloat16"),
-        ("keys of int32", 64, (4, 1), "int32"),
+        ("k of int32", 64, (4, 1), "int32"),
     ],
 )
 @pytest.mark.usefixtures("on_hopper")
@@ -307,6 +307,16 @@ def test_what_is_served_by_name_alone_is_no_default(op, monkeypatch):
 def test_what_is_not_there_declines_by_name():
     with pytest.raises(NotImplementedError, match="write_compressed_pages has no 'mosaic_tpu'"):
         dispatch.load("write_compressed_pages", "mosaic_tpu")
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_is_written_in_place_is_no_slice_of_what_a_scan_stacks():
+    """As XLA would lose what the kernel for chunks has written there; `pytest -m gpu` has the same with numbers."""
+    inputs = shapes([40, 1, 1], [140, 100, 7], (8, 2, 128), 16, jnp.bfloat16)
+    several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), inputs)
+    module = module_for_cuda(jax.vmap(lambda inputs: paged_attention(**inputs, implementation=GPU)), several)
+    assert module.count("custom_call @mosaic_gpu") == 2
+    assert "optimization_barrier" in module
 
 
 @pytest.mark.parametrize(("dtype", "arrays"), [("bfloat16", 2), ("int8", 4)])

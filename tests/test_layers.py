@@ -1,10 +1,12 @@
 """The parts of a decoder layer that compute the same in two ways."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from models import layers
 from models.layers import RMSNorm, matmul
 
 
@@ -40,3 +42,16 @@ def test_hidden_states_of_wanted_tokens_are_those_among_all(tiny, new_store, rng
     assert after_some.end_step().wanted is None
     with pytest.raises(ValueError, match="want: no step is under way"):
         store.want(places)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sums_are_the_product_of_one_row(dtype, rng):
+    """What a GPU is given, and what is kept elsewhere."""
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((1, 64), (30, 64)))
+    sums, product = layers._sums(x, w), layers._product(x, w)
+    assert sums.dtype == product.dtype == matmul(x, nnx.Param(w)).dtype
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (sums, product)), atol=1e-4, rtol=0.01)
+    alone = jax.grad(lambda x: matmul(x, nnx.Param(w)).sum())(x)
+    among = jax.grad(lambda x: matmul(jnp.concatenate([x, x]), nnx.Param(w)).sum() / 2)(x)
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (alone, among)), atol=0.1, rtol=0.01)
+    assert matmul(x[:0], nnx.Param(w)).shape == (0, 30)

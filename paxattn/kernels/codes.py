@@ -81,6 +81,7 @@ def compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
 
 
 def _spacing(x: Array) -> Array:
-    """From a number of float8_e4m3fn near x to the next one. A conversion and one back XLA may leave out."""
+    """From a number of float8_e4m3fn near x to the next one. To convert to that and back may round nothing: XLA may
+    leave both out."""
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
     return jnp.maximum(power, 2**-6) / 8

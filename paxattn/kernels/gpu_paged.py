@@ -231,10 +231,15 @@ def write_compressed_pages(pages: Any, k: Array, v: Array, slots: Array) -> Any:
     _decline_rows(pages)
     _decline_codes(pages)
     _decline_head_dim(k.shape[2])
-    if k.dtype != v.dtype or k.dtype.name not in ("bfloat16", "float16", "float32"):
-        raise NotImplementedError(f"keys of {k.dtype}, values of {v.dtype}: 'mosaic_gpu' serves floats of one kind")
+    for name, x in dict(k=k, v=v).items():
+        if x.dtype.name not in ("bfloat16", "float16", "float32"):
+            raise NotImplementedError(f"{name} of {x.dtype}: 'mosaic_gpu' compresses bfloat16, float16 and float32")
     if 0 in pages.k.shape or not len(slots):
         raise NotImplementedError("an axis of nothing: 'mosaic_gpu' serves none, 'xla' does")
+    if pages.k.size // gpu_paged_write_codes.UNIT > jnp.iinfo(jnp.int32).max:
+        raise NotImplementedError(f"pages of {pages.k.size} codes: 'mosaic_gpu' counts units of them in 32 bits")
+    if k.dtype != v.dtype:
+        k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     given = jax.tree.leaves((pages, k, v, slots))
     arrays = online_softmax.vary_like((pages, k, v, slots), *given)
     write = jax.custom_batching.custom_vmap(functools.partial(_write_codes, multiprocessors()))

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from paxattn.kernels import gpu_paged_plan, hopper_lanes
 from paxattn.kernels.hopper_lanes import LANES
 
-BYTES = 128 * 1024  # a worker, of 16-bit numbers: together two thirds of the L2 cache. Of more it keeps no more.
+BYTES = 128 * 1024  # a worker: of two workers a block, two thirds of the L2 cache. Of more it keeps no more.
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Following:
 
     @property
     def keys(self) -> int:
-        """How many of a worker are brought near."""
+        """How many keys of a worker are brought near, and as many values."""
         return BYTES // (2 * 2 * self.problem.head_dim)
 
     @property
@@ -39,10 +39,13 @@ class Following:
         """By a warp of each block of the kernel before, for the workers of that block; k, v [N,P,K,D]."""
         workers, cta = self.blocks * self.config.warpgroups, lax.axis_index("cta")
         plan = gpu_paged_plan.Plan(self.problem, self.config, workers, kv_lens, cu_q_lens, skipped)
-        item, block = plan.start(cta * self.config.warpgroups), self.config.block
+        item = plan.start(cta * self.config.warpgroups)
+        pl.when((cta < self.blocks) & (item.blocks > 0))(lambda: self._bring(item, k, v, page_table))
+
+    def _bring(self, item: gpu_paged_plan.Item, k, v, page_table) -> None:
+        block = self.config.block
         begin = jnp.maximum(item.block * block, item.begin)
         end = jnp.minimum((item.block + item.blocks) * block, item.kv_len)
-        end = jnp.where(cta < self.blocks, end, begin)
         # All are looked up before the first is asked for, which waits for nothing then.
         places = [self._place(page_table, item.row, begin + start, end) for start in range(0, self.keys, LANES)]
         for there, page, offset in places:
@@ -57,4 +60,5 @@ class Following:
         """Of a key in each lane, whether it is before `end`, and its page and place there."""
         key = start + hopper_lanes.lane()
         page = lax.div(jnp.minimum(key, jnp.maximum(end - 1, 0)), jnp.int32(self.problem.page_size))
-        return key < end, page_table[row, page], lax.rem(key, jnp.int32(self.problem.page_size))
+        entry = page_table[row, jnp.minimum(page, page_table.shape[1] - 1)]
+        return key < end, entry, lax.rem(key, jnp.int32(self.problem.page_size))

@@ -95,7 +95,8 @@ def decode(
             return [jax.freeze(ref) for ref in refs[1:]]
 
         shaped = into[2], into[0].reshape(out_type[0].shape), into[1].reshape(out_type[1].shape)
-        out, lse = hopper.apart(run_into)(inputs, *shaped)
+        # In a scan XLA would have the kernel write to a slice of a larger array, and loses what it wrote in place.
+        out, lse = lax.optimization_barrier(hopper.apart(run_into)(inputs, *shaped))
     return out.reshape(q.shape), lse.reshape(problem.heads, problem.tokens)
 
 
