@@ -73,6 +73,15 @@ def test_an_interrupt_comes_between_steps(engine, alone, monkeypatch, rng):
     assert served._live == {}
 
 
+@pytest.fixture
+def _interruptible():
+    """A shell has what it runs in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_waits_for_the_end_of_a_block_and_a_second_does_not():
     done = []
 
