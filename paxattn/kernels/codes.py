@@ -1,12 +1,11 @@
 """Keys and values as codes of 8 bits and scales, in plain XLA; `KVPages` says what they stand for."""
 
 from dataclasses import replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
@@ -37,12 +36,16 @@ def rotate(x: Array) -> Array:
     dim = x.shape[-1]
     size = dim & -dim
     x = x if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
-    index = np.arange(size)
     # Signs are exact in every dtype, so that half precision is multiplied as what it is.
-    signs = jnp.asarray(1 - 2 * (np.bitwise_count(index[:, None] & index[None, :]).astype(np.int8) % 2), x.dtype)
+    signs = jnp.asarray(_hadamard(size), x.dtype)
     blocks = x.reshape(*x.shape[:-1], dim // size, size)
     how = dict(precision="highest", preferred_element_type=jnp.float32)
     return jnp.einsum("...i,ij->...j", blocks, signs, **how).reshape(x.shape) * jnp.float32(size**-0.5)
+
+
+@cache
+def _hadamard(size: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(1 - 2 * ((i & j).bit_count() % 2) for j in range(size)) for i in range(size))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
