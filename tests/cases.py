@@ -31,7 +31,7 @@ FLASH = [
     FlashCase("causal_longer_keys", (2, 301, 577, 6, 2, 16, 24), dict(causal=True)),
     FlashCase("causal_longer_queries", (1, 577, 301, 6, 3, 16, 8), dict(causal=True)),
     FlashCase("one_query", (3, 1, 519, 8, 2, 32, 32), dict(causal=True)),
-    FlashCase("one_by_one", (1, 1, 1, 1, 1, 8, 8), dict(causal=True)),
+    FlashCase("one_by_one", (7, 1, 1, 6, 3, 8, 8), dict(causal=True)),
     FlashCase("multi_query_7", (1, 65, 130, 7, 1, 24, 40)),
     FlashCase("no_groups", (1, 257, 255, 5, 5, 80, 80), dict(causal=True)),
     FlashCase("dims_192_128", (1, 33, 70, 2, 1, 192, 128), dict(causal=True)),
