@@ -31,6 +31,13 @@ def rng():
     return np.random.default_rng(seed)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A program of XLA for the CPU takes tens of memory maps, of which Linux allows 65,530; beyond, LLVM crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """No beartype: what a user sees who passes a bad argument."""
