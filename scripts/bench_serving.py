@@ -14,7 +14,8 @@ more at its times of arrival, scaled to that share of the rate that it reached. 
 outputs are as long as the job says. Or a job is copy:PROMPT+OUTPUT, decoy:PROMPT+OUTPUT or free:PROMPT+OUTPUT, one text
 that is continued with --draft-tokens guesses and without, in turns (scripts/serving/copying.py says what texts). The
 roofline is the time for the prompts' matrix products and for reading weights and kept keys and values in each step, of
-one token a row, at the rates measured in the same run.
+one token a row, at the rates measured in the same run. There are two: by the products that the device does for
+milliseconds, and by those that its power lets it keep up for seconds.
 """
 
 import argparse
@@ -56,14 +57,19 @@ SMOLLM2 = Config(49152, 30, 576, 1536, 9, 3, 64, 8192, 100_000.0, tied_head=True
 
 @dataclass(frozen=True)
 class Result:
-    """Runs of one workload by name, and the least seconds that the device could take."""
+    """Runs of one workload by name, and the least seconds that the device could take: by what it multiplies for
+    milliseconds, and by what it keeps up for seconds."""
 
     work: Workload
     runs: dict[str, Run]
     least: float
+    least_kept_up: float
 
     def share(self, name: str) -> float:
         return self.least / self.runs[name].seconds
+
+    def share_kept_up(self, name: str) -> float:
+        return self.least_kept_up / self.runs[name].seconds
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -136,10 +142,10 @@ def measure(
     vocab = model.config.vocab_size
     if work.kind:
         engines = {OURS: engine, UNGUESSED: started(model, params, work, options, 0)}
-        return [Result(work, in_turns(engines, work, vocab, options), least(work))]
+        return [Result(work, in_turns(engines, work, vocab, options), *least(work))]
 
     def run(work: Workload) -> Result:
-        return Result(work, {OURS: served(engine, work, vocab, options)}, least(work))
+        return Result(work, {OURS: served(engine, work, vocab, options)}, *least(work))
 
     results = [run(work.at_once())]
     if options.replay and work.arrival.any():
@@ -185,18 +191,22 @@ def in_turns(engines: dict[str, Any], work: Workload, vocab: int, options: argpa
     return {name: median(name) for name in engines}
 
 
-def least_seconds(engine: Any, config: Config, params: Any, rates: Any, options: Any, work: Workload) -> float:
+def least_seconds(
+    engine: Any, config: Config, params: Any, rates: roofline.Rates, options: Any, work: Workload
+) -> tuple[float, float]:
     weight_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
     if not config.tied_head:
         weight_bytes -= config.vocab_size * config.embed_dim * jax.tree.leaves(params)[0].dtype.itemsize
     layers = jax.tree.leaves(engine._slots.kv.layers)
     token_bytes = sum(x.nbytes for x in layers) / (engine.num_pages * options.page_size)
-    return roofline.seconds(work, config, engine.config.max_seqs, weight_bytes, token_bytes, rates)
+    given = work, config, engine.config.max_seqs, weight_bytes, token_bytes
+    return roofline.seconds(*given, rates), roofline.seconds(*given, roofline.for_seconds(rates))
 
 
 def measured_rates(dtype: Any) -> roofline.Rates:
     rates = roofline.measured(dtype)
-    say(f"read {rates.read / 1e9:.0f} GB/s, matrix products {rates.compute / 1e12:.3g} TFLOP/s")
+    products = f"{rates.compute / 1e12:.3g} TFLOP/s, for seconds {rates.kept_up / 1e12:.3g}"
+    say(f"read {rates.read / 1e9:.0f} GB/s, matrix products {products}")
     return rates
 
 
@@ -234,7 +244,8 @@ def say_result(result: Result) -> None:
         more = "" if first is None or between is None else f", first token {first:.0f} ms, then {between:.2f} ms"
         if run.about:
             more += f"; {told['step_ms']:.2f} ms a step, host gap {told['host_gap']:.1%}, {told['preempted']} preempted"
-        say(f"{result.work.name} | {name} {run.rate:.1f} tokens/s, {result.share(name):.0%} of roofline{more}")
+        shares = f"{result.share(name):.0%} of roofline, {result.share_kept_up(name):.0%} of that kept up"
+        say(f"{result.work.name} | {name} {run.rate:.1f} tokens/s, {shares}{more}")
 
 
 def table(results: list[Result]) -> Table:
@@ -247,8 +258,9 @@ def table(results: list[Result]) -> Table:
                 for key in ("first_token_ms", "between_tokens_ms")
             )
             ratio = "" if name == OURS else f"{one.runs[OURS].rate / run.rate:.2f}"
-            shown.add_row(one.work.name, name, f"{run.rate:.1f}", f"{one.share(name):.0%}", ratio, *times)
-    shown.caption = "times: 50 / 90 / 99%"
+            shares = f"{one.share(name):.0%} / {one.share_kept_up(name):.0%}"
+            shown.add_row(one.work.name, name, f"{run.rate:.1f}", shares, ratio, *times)
+    shown.caption = "roofline: of milliseconds / seconds; times: 50 / 90 / 99%"
     return shown
 
 
@@ -263,14 +275,18 @@ def write_json(path: Path, results: list[Result], rates: Any, options: argparse.
             job=one.work.name,
             requests=len(one.work),
             roofline_seconds=one.least,
-            runs={name: run.told() | dict(roofline_share=one.share(name)) for name, run in one.runs.items()},
+            roofline_seconds_kept_up=one.least_kept_up,
+            runs={name: run.told() | shares(one, name) for name, run in one.runs.items()},
         )
         for one in results
     ]
-    told = dict(
-        machine=machine(), options=chosen, read_gbs=rates.read / 1e9, compute_tflops=rates.compute / 1e12, rows=rows
-    )
+    measured = dict(read_gbs=rates.read / 1e9, compute_tflops=rates.compute / 1e12, kept_up_tflops=rates.kept_up / 1e12)
+    told = dict(machine=machine(), options=chosen, **measured, rows=rows)
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def shares(result: Result, name: str) -> dict[str, float]:
+    return dict(roofline_share=result.share(name), roofline_share_kept_up=result.share_kept_up(name))
 
 
 def draw(results: list[Result], path: Path) -> None:

@@ -1,23 +1,31 @@
 """The least time that a device can take for a workload: matrix products of prompts, and what decode must read."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 
 from models.config import Config
 from scripts.attention.measuring import time_in_turns
 from scripts.serving.workloads import Workload
 
+SECONDS = 3  # of products one after another, after which a card is at the clock that its power allows
+
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device was seen to do: bytes read and floating point operations, a second."""
+    """What the device was seen to do: bytes read and floating point operations, a second.
+
+    `compute` is what it reaches for milliseconds, `kept_up` what its power lets it keep up for seconds.
+    """
 
     read: float
     compute: float
+    kept_up: float
 
 
 def measured(dtype: Any) -> Rates:
@@ -34,7 +42,25 @@ def measured(dtype: Any) -> Rates:
     for name, (run, args) in runs.items():
         times = time_in_turns({name: run}, {name: args}, 3, 5)[name]
         seconds[name] = (times.kernel_ms or times.wall_ms) / 1e3
-    return Rates(x.nbytes / seconds["read"], 2 * n**3 / seconds["compute"])
+    compute = 2 * n**3 / seconds["compute"]
+    return Rates(x.nbytes / seconds["read"], compute, kept_up(a, compute) if big else compute)
+
+
+def kept_up(a: Array, compute: float) -> float:
+    """Floating point operations a second of products with a [n,n], one after another for some seconds."""
+    n = len(a)
+    count = max(1, int(SECONDS * compute / (2 * n**3)))
+    # Numbers stay as large as they are, so that they take the power that they take.
+    step = lambda _, x: x @ a * jnp.asarray(n**-0.5, a.dtype)
+    chain = jax.jit(lambda x: lax.fori_loop(0, count, step, x)).lower(a).compile()
+    start = time.perf_counter()
+    jax.block_until_ready(chain(a))
+    return 2 * n**3 * count / (time.perf_counter() - start)
+
+
+def for_seconds(rates: Rates) -> Rates:
+    """The rates that bound what takes seconds."""
+    return replace(rates, compute=rates.kept_up)
 
 
 def seconds(work: Workload, config: Config, rows: int, weight_bytes: int, token_bytes: float, rates: Rates) -> float:
