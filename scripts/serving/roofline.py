@@ -47,14 +47,20 @@ def measured(dtype: Any) -> Rates:
 
 
 def kept_up(a: Array, compute: float) -> float:
-    """Floating point operations a second of products with a [n,n], one after another for some seconds."""
+    """Floating point operations a second of products of a [n,n] with itself, one after another for some seconds."""
     n = len(a)
     count = max(1, int(SECONDS * compute / (2 * n**3)))
-    # Numbers stay as large as they are, so that they take the power that they take.
-    step = lambda _, x: x @ a * jnp.asarray(n**-0.5, a.dtype)
-    chain = jax.jit(lambda x: lax.fori_loop(0, count, step, x)).lower(a).compile()
+
+    def products(a: Array) -> Array:
+        def again(_: Any, product: Array) -> Array:
+            x, _ = lax.optimization_barrier((a, product))  # Else XLA would multiply once.
+            return x @ x
+
+        return lax.fori_loop(0, count, again, a)
+
+    run = jax.jit(products).lower(a).compile()
     start = time.perf_counter()
-    jax.block_until_ready(chain(a))
+    jax.block_until_ready(run(a))
     return 2 * n**3 * count / (time.perf_counter() - start)
 
 
