@@ -319,6 +319,14 @@ def test_what_is_written_in_place_is_no_slice_of_what_a_scan_stacks():
     assert "optimization_barrier" in module
 
 
+@pytest.mark.parametrize("dim", [80, 128])
+@pytest.mark.usefixtures("on_hopper")
+def test_what_decode_reads_may_leave_the_cache_first(dim):
+    """`hopper.load_once` finds the copies that this jax issues."""
+    inputs = shapes([1] * 4, [100] * 4, (8, 2, dim), 16, jnp.bfloat16)
+    assert "L2::cache_hint" in module_of(inputs, max_q_len=1)
+
+
 @pytest.mark.parametrize(("dtype", "arrays"), [("bfloat16", 2), ("int8", 4)])
 @pytest.mark.usefixtures("on_hopper")
 def test_lowers_under_vmap_attention_a_call_after_the_other_and_writes_at_once(dtype, arrays):

@@ -20,6 +20,7 @@ CHUNK = 64
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COL = WGMMA.reduce(0)
+EVICT_FIRST = 0x12F0000000000000  # what `createpolicy.fractional.L2::evict_first` gives for all of a copy
 FIRST_BARRIER = 5  # Mosaic GPU itself uses 0 and one for each of at most four warpgroups
 
 
@@ -66,6 +67,39 @@ def load_tile(source: Any, start: Any, target: Any, barrier: Any) -> None:
     for i in range(chunks):
         place = pl.ds(start, rows), columns(i, source.shape[-1], start)
         plgpu.copy_gmem_to_smem(source.at[place], target.at[i], barrier)
+
+
+def load_once(source: Any, target: Any, barrier: Any) -> None:
+    """`plgpu.copy_gmem_to_smem` of what is read once: the cache lets go of it before anything else.
+
+    So what it has yet to write back can wait, and what was brought near stays. Pallas has no word for it: the copy that
+    it issued is replaced by one with the hint (PTX, `cp.async.bulk.tensor`). If a jax issues another one, that stays.
+    """
+    plgpu.copy_gmem_to_smem(source, target, barrier)
+
+    @plgpu.inline_mgpu()
+    def with_hint(_):
+        *_, copy = ir.InsertionPoint.current.block.operations
+        if (operands := _operands(copy)) is None:
+            return
+        policy, rank = mgpu.c(EVICT_FIRST, ir.IntegerType.get_signless(64)), len(operands) - 4
+        at = ", ".join(f"${i}" for i in range(4, 4 + rank))
+        how = "shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        text = f"@$0 cp.async.bulk.tensor.{rank}d.{how} [$1], [$2, {{{at}}}], [$3], ${4 + rank};"
+        registers = "b,r,l,r" + ",r" * rank + ",l"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [*operands, policy], text, registers, has_side_effects=True)
+        copy.operation.erase()
+
+    with_hint()
+
+
+def _operands(copy: Any) -> list[ir.Value] | None:
+    """Predicate, target, descriptor, barrier and coordinates of a copy to shared memory; None of anything else."""
+    if isinstance(copy, nvvm.CpAsyncBulkTensorGlobalToSharedClusterOp):  # jax 0.11
+        return [copy.predicate, copy.dstMem, copy.tmaDescriptor, copy.mbar, *copy.coordinates]
+    if isinstance(copy, llvm.InlineAsmOp) and "cp.async.bulk.tensor" in str(copy.asm_string):  # jax 0.12
+        return list(copy.operands)
+    return None
 
 
 def columns(chunk: int, width: int, traced: Array) -> Any:

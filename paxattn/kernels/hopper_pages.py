@@ -42,12 +42,12 @@ def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows
     boxes, tiled = tile
     width = source.shape[-1]
     if not width % CHUNK:
-        plgpu.copy_gmem_to_smem(source.at[pl.ds(start, rows.size), head], tiled.at[(*at, rows)], barrier)
+        hopper.load_once(source.at[pl.ds(start, rows.size), head], tiled.at[(*at, rows)], barrier)
         return
     for row in range(0, rows.size, BOX):
         for chunk in range(tiles.cdiv(width, CHUNK)):
             box = pl.ds(start + row, BOX), head, hopper.columns(chunk, width, start)
-            plgpu.copy_gmem_to_smem(source.at[box], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
+            hopper.load_once(source.at[box], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
 
 
 def scores(a: Any, b: Any) -> Array:
