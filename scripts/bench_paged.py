@@ -1,13 +1,14 @@
 """GB/s of keys and values that a call of paged_attention reads, beside cuDNN, FlashAttention-3, Triton and XLA.
 
 python scripts/bench_paged.py --json bench.json                                  # the 8 anchors
-python scripts/bench_paged.py --suite rows groups dims pages skew compressed prefill
+python scripts/bench_paged.py --suite rows groups dims pages skew compressed prefill prefix
 python scripts/bench_paged.py --shapes "131072+63x512 H32/8 D128 page16" "64x1..8192 H32/8 D128 page64 int8"
 python scripts/bench_paged.py --quick                                            # tiny; runs on a CPU, too
 
 A shape is a sum of row lengths (64x2048: so many rows; 1..8192: drawn between these; 512@2048: with 512 queries, the
-last of them, instead of one), query/key heads, the head dim, the page size and, if not bf16, the dtype of the pages. Of
-calls with rows of several queries TFLOP/s are told, not GB/s. Pages lie in random order. Every kernel is checked
+last of them, instead of one), query/key heads, the head dim, the page size and, if not bf16, the dtype of the pages;
+prefix4096 has all rows begin with the same pages of so many tokens, which are then counted once. Of calls with rows of
+several queries TFLOP/s are told, not GB/s. Pages lie in random order. Every kernel is checked
 against implementation="xla" in the same run; a wrong one is reported and not timed. The kernels of a shape then take
 turns, and the figure is the median of all that a call runs on the GPU as CUPTI tells it (wall time where there is no
 GPU). "read" is the rate at which XLA sums up 2 GiB in the same run. With --cold each call comes behind a sum of 512
@@ -37,7 +38,7 @@ from scripts.attention.console import say
 from scripts.attention.measuring import relative_errors, time_in_turns
 from scripts.attention.programs import compile_all
 from scripts.attention.telling import command, machine
-from scripts.paged.peers import OURS, PEERS, PREPARED, Make, paged
+from scripts.paged.peers import OURS, PEERS, PREPARED, UNTOLD, Make, paged, untold
 from scripts.paged.shapes import SUITES, Shape, inputs
 
 WRONG = 0.02  # relative error that no rounding explains
@@ -233,7 +234,8 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     say(", ".join(f"{name} {value}" for name, value in machine().items()))
-    makes = {OURS: paged(options.implementation)} | ({} if options.no_peers else PEERS)
+    makes = {OURS: paged(options.implementation), UNTOLD: untold(options.implementation)}
+    makes |= {} if options.no_peers else PEERS
     read = read_rate(options)
     say(f"read {read:.0f} GB/s")
     results: list[Result] = []

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from cases import error
 from test_scripts import run
 
 from scripts import bench_paged as bench
-from scripts.paged.peers import OURS, heads_first, paged, triton
+from scripts.paged.peers import OURS, UNTOLD, heads_first, paged, triton, untold
 from scripts.paged.shapes import SUITES, Shape, inputs
 
 
@@ -28,10 +29,31 @@ def test_end_to_end_on_a_cpu(tmp_path):
     assert right == [{"ours", "XLA gather"}, {"ours", "XLA gather"}, {"ours", "XLA gather", "dense"}]
 
 
-def test_a_bad_shape_is_named():
+@pytest.mark.parametrize("shape", ["64 H2 D32", "2x40 H4/2 D16 page0", "2x40 H4/2 D16 page8 prefix12"])
+def test_a_bad_shape_is_named(shape):
+    with pytest.raises(ValueError, match=f"^--shapes: got '{shape}'"):
+        Shape.parse(shape)
+
+
+def test_a_bad_shape_ends_the_script():
     done = run("--shapes", "64 H2 D32", script="bench_paged.py")
     assert done.returncode == 2
     assert "'64 H2 D32'" in done.stderr
+
+
+def test_all_rows_begin_with_a_prefix():
+    shape = Shape.parse("3x40+21 H4/2 D16 page8 prefix16")
+    assert str(shape) == "3x40+21 H4/2 D16 page8 prefix16"
+    assert shape.bytes_read == (16 + 3 * 24 + 5) * 2 * 2 * 2 * 16
+    table = np.asarray(inputs(shape).page_table)
+    assert (table[:, :2] == table[0, :2]).all()
+    assert len({*table[:, 2:5].ravel().tolist()} - {0}) >= 9
+    options = bench.arguments().parse_args(["--rounds", "1", "--iterations", "1"])
+    figures = bench.measure(shape, {OURS: paged("xla"), UNTOLD: untold("xla")}, options).figures
+    assert figures[OURS].gbs
+    assert figures[UNTOLD].gbs
+    with pytest.raises(ValueError, match="prefix"):
+        Shape.parse("40+16 H4/2 D16 page8 prefix16")
 
 
 def test_a_wrong_kernel_is_not_timed():

@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,15 +18,25 @@ from scripts.paged.shapes import PLAIN, Inputs, Shape
 type Step = Callable[[Any], Array]  # of Inputs, or what PREPARED makes of them -> [T,H,D]
 type Make = Callable[[Shape], Step]
 
-OURS = "ours"
+OURS, UNTOLD = "ours", "ours, not told of the prefix"
 FA3_SPLITS = (1, 4, 16)
 TRITON_SPLITS = (1, 16)
 
 
 def paged(implementation: str) -> Make:
     def make(shape: Shape) -> Step:
-        longest = max(shape.q_lens)
-        return lambda x: paxattn.paged_attention(*x, max_q_len=longest, implementation=implementation)
+        longest, prefix = max(shape.q_lens), shape.prefix or None
+        attend = partial(paxattn.paged_attention, max_q_len=longest, implementation=implementation)
+        return lambda x: attend(*x, shared_prefix_len=prefix)
+
+    return make
+
+
+def untold(implementation: str) -> Make:
+    def make(shape: Shape) -> Step:
+        if not shape.prefix:
+            raise ValueError("there is no prefix")
+        return paged(implementation)(replace(shape, prefix=0))
 
     return make
 

@@ -27,7 +27,8 @@ class Inputs(NamedTuple):
 @dataclass(frozen=True)
 class Shape:
     """`rows` is a sum of lengths, "64x2048" for so many rows, "64x1..8192" for lengths drawn between these two, and
-    "512@2048" for a row of 512 queries, the last of 2048 tokens; others have one query."""
+    "512@2048" for a row of 512 queries, the last of 2048 tokens; others have one query. All rows have their first
+    `prefix` tokens in the same pages."""
 
     rows: str
     heads: int
@@ -35,20 +36,29 @@ class Shape:
     head_dim: int
     page_size: int
     dtype: str = "bf16"
+    prefix: int = 0
 
     def __str__(self) -> str:
         dtype = "" if self.dtype == "bf16" else f" {self.dtype}"
-        return f"{self.rows} H{self.heads}/{self.kv_heads} D{self.head_dim} page{self.page_size}{dtype}"
+        prefix = f" prefix{self.prefix}" if self.prefix else ""
+        return f"{self.rows} H{self.heads}/{self.kv_heads} D{self.head_dim} page{self.page_size}{dtype}{prefix}"
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
         """As `str` gives it."""
         count = r"(?:\d+x)?(?:\d+@)?\d+(?:\.\.\d+)?"
-        match = re.fullmatch(rf"({count}(?:\+{count})*) H(\d+)/(\d+) D(\d+) page(\d+)(?: (\w+))?", text)
-        if match is None or (match[6] or "bf16") not in DTYPES:
-            raise ValueError(f'--shapes: got {text!r}, must be like "64x2048 H32/8 D128 page16" or "... int8"')
-        heads, kv_heads, head_dim, page_size = map(int, match.groups()[1:5])
-        return cls(match[1], heads, kv_heads, head_dim, page_size, match[6] or "bf16")
+        rows = rf"({count}(?:\+{count})*) H(\d+)/(\d+) D(\d+) page([1-9]\d*)"
+        match = re.fullmatch(rf"{rows}(?: ({'|'.join(DTYPES)}))?(?: prefix(\d+))?", text)
+        if match is None:
+            like = '"64x2048 H32/8 D128 page16", "... int8" or "... prefix1024"'
+            raise ValueError(f"--shapes: got {text!r}, must be like {like}")
+        heads, kv_heads, head_dim, page_size, prefix = (int(match[i] or 0) for i in (2, 3, 4, 5, 7))
+        shape = cls(match[1], heads, kv_heads, head_dim, page_size, match[6] or "bf16", prefix)
+        if prefix % page_size or prefix > min(length - queries for queries, length in shape.lens):
+            raise ValueError(
+                f"--shapes: got {text!r}, the prefix must be whole pages that every row has before its queries"
+            )
+        return shape
 
     @cached_property
     def lens(self) -> list[tuple[int, int]]:
@@ -82,10 +92,11 @@ class Shape:
 
     @property
     def bytes_read(self) -> int:
-        """Of keys and values, and of their scales."""
+        """Of keys and values, and of their scales, where a prefix is read once."""
         size = jnp.dtype(DTYPES[self.dtype]).itemsize * 2 * self.head_dim
         scales = 0 if self.dtype in PLAIN else 2 * (self.head_dim // 16 + 1)
-        return sum(self.kv_lens) * self.kv_heads * (size + scales)
+        tokens = sum(self.kv_lens) - self.prefix * (len(self.lens) - 1)
+        return tokens * self.kv_heads * (size + scales)
 
 
 def inputs(shape: Shape) -> Inputs:
@@ -96,6 +107,7 @@ def inputs(shape: Shape) -> Inputs:
     table = np.zeros((len(lens), max(counts)), np.int32)
     for row, ids in enumerate(np.split(owned, np.cumsum(counts)[:-1])):
         table[row, : len(ids)] = ids
+    table[:, : shape.prefix // size] = table[0, : shape.prefix // size]
     kv = (sum(counts), size, shape.kv_heads, shape.head_dim)
     of_q, *of_kv = jax.random.split(jax.random.key(0), 3)
     q_dtype = DTYPES[shape.dtype] if shape.dtype in PLAIN else "bfloat16"
@@ -141,5 +153,6 @@ SUITES = {
         *(f"2048@10240 H32/8 D128 page{size}" for size in (16, 64)),
         "2048@10240+32x2048 H32/8 D128 page16",
     ],
+    "prefix": ["64x4224 H32/8 D128 page16 prefix4096"],
     "smoke": ["3x40+7x1..90 H4/2 D64 page16"],
 }
