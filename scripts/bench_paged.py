@@ -234,8 +234,9 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     say(", ".join(f"{name} {value}" for name, value in machine().items()))
-    makes = {OURS: paged(options.implementation), UNTOLD: untold(options.implementation)}
-    makes |= {} if options.no_peers else PEERS
+    makes = {OURS: paged(options.implementation)} | ({} if options.no_peers else PEERS)
+    if any(shape.prefix for shape in shapes):
+        makes[UNTOLD] = untold(options.implementation)
     read = read_rate(options)
     say(f"read {read:.0f} GB/s")
     results: list[Result] = []

@@ -57,8 +57,8 @@ SMOLLM2 = Config(49152, 30, 576, 1536, 9, 3, 64, 8192, 100_000.0, tied_head=True
 
 @dataclass(frozen=True)
 class Result:
-    """Runs of one workload by name, and the least seconds that the device could take: by what it multiplies for
-    milliseconds, and by what it keeps up for seconds."""
+    """Runs of one workload by name, and the least seconds that the device could take, by what it multiplies for
+    milliseconds; and what it would take by what it keeps up for seconds."""
 
     work: Workload
     runs: dict[str, Run]
@@ -276,7 +276,7 @@ def write_json(path: Path, results: list[Result], rates: Any, options: argparse.
             requests=len(one.work),
             roofline_seconds=one.least,
             roofline_seconds_kept_up=one.least_kept_up,
-            runs={name: run.told() | shares(one, name) for name, run in one.runs.items()},
+            runs={name: run.told() | shares_of(one, name) for name, run in one.runs.items()},
         )
         for one in results
     ]
@@ -285,7 +285,7 @@ def write_json(path: Path, results: list[Result], rates: Any, options: argparse.
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def shares(result: Result, name: str) -> dict[str, float]:
+def shares_of(result: Result, name: str) -> dict[str, float]:
     return dict(roofline_share=result.share(name), roofline_share_kept_up=result.share_kept_up(name))
 
 

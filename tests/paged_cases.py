@@ -10,7 +10,8 @@ from cases import PagedCase
 from flash_cases import SHORT, covering
 
 from paxattn import KVPages, init_pages, write_pages
-from paxattn.kernels.codes import rotate
+from paxattn.kernels.codes import COMPRESSED as LARGEST
+from paxattn.kernels.codes import TRIED_SCALES, rotate
 
 NUM_COVERING = 190
 
@@ -183,9 +184,10 @@ def check_compressed(exact, got, want):
     """Codes and scales of rotated keys or values [T,K,D] are those wanted, or others as good.
 
     Sums in another order find another one of two scales that are as good to the last bits of float32, and round a
-    number that is in the middle of two codes to the other one. That may make a scale worse than it was, which of some
-    million groups one or two then have, or do without.
+    number that is in the middle of two codes to the other one. That may make a scale worse than it was, which a group
+    then has, or does without.
     """
+    dtype = got[0].dtype
     exact, *arrays = (np.asarray(x, np.float64) for x in (exact, *got, *want))
     exact, codes, wanted = (x.reshape(*arrays[1].shape, -1) for x in (exact, arrays[0], arrays[2]))
     scales, wanted_scales = arrays[1], arrays[3]
@@ -194,8 +196,15 @@ def check_compressed(exact, got, want):
     assert (codes == wanted)[~others].mean() >= 0.999
     pairs = (codes, scales), (wanted, wanted_scales)
     error, floor = (((x * scale[..., None] - exact) ** 2).sum(axis=-1) for x, scale in pairs)
-    size = (exact**2).sum(axis=-1)
-    assert (error > 1.2 * floor + 4e-6 * size).sum() <= 2 + 1e-5 * error.size
-    assert (error <= 3 * floor + 2e-5 * size).all()
+    worse = error > 1.2 * floor + 4e-6 * (exact**2).sum(axis=-1)
+    assert some_are_between_codes(exact[worse], dtype).all()
     error, floor = np.sqrt(error), np.sqrt(floor)
     assert error.sum() <= 1.0005 * floor.sum() + 0.1 * floor.max()
+
+
+def some_are_between_codes(exact, dtype):
+    """Of groups [n,C], whether in one of the units that are tried some number is in the middle of two codes."""
+    tried = 2.0 ** (np.arange(TRIED_SCALES) / TRIED_SCALES) / LARGEST[np.dtype(dtype).name]
+    x = np.abs(exact)[..., None] / (np.abs(exact).max(axis=-1)[..., None, None] * tried)
+    step = 1.0 if dtype == np.int8 else np.maximum(2.0 ** np.floor(np.log2(np.maximum(x, 1e-30))), 2**-6) / 8
+    return (np.abs(x / step % 1 - 0.5) < 1e-4).any(axis=(-2, -1))

@@ -7,6 +7,7 @@ import pytest
 from cases import error
 from test_scripts import run
 
+import paxattn
 from scripts import bench_paged as bench
 from scripts.paged.peers import OURS, UNTOLD, heads_first, paged, triton, untold
 from scripts.paged.shapes import SUITES, Shape, inputs
@@ -29,7 +30,10 @@ def test_end_to_end_on_a_cpu(tmp_path):
     assert right == [{"ours", "XLA gather"}, {"ours", "XLA gather"}, {"ours", "XLA gather", "dense"}]
 
 
-@pytest.mark.parametrize("shape", ["64 H2 D32", "2x40 H4/2 D16 page0", "2x40 H4/2 D16 page8 prefix12"])
+@pytest.mark.parametrize(
+    "shape",
+    ["64 H2 D32", "2x40 H4/2 D16 page0", "2x40 H4/2 D16 page8 prefix12", "0x40 H4/2 D16 page8", "9..3 H4/2 D16 page8"],
+)
 def test_a_bad_shape_is_named(shape):
     with pytest.raises(ValueError, match=f"^--shapes: got '{shape}'"):
         Shape.parse(shape)
@@ -41,7 +45,7 @@ def test_a_bad_shape_ends_the_script():
     assert "'64 H2 D32'" in done.stderr
 
 
-def test_all_rows_begin_with_a_prefix():
+def test_all_rows_begin_with_a_prefix(monkeypatch):
     shape = Shape.parse("3x40+21 H4/2 D16 page8 prefix16")
     assert str(shape) == "3x40+21 H4/2 D16 page8 prefix16"
     assert shape.bytes_read == (16 + 3 * 24 + 5) * 2 * 2 * 2 * 16
@@ -49,9 +53,17 @@ def test_all_rows_begin_with_a_prefix():
     assert (table[:, :2] == table[0, :2]).all()
     assert len({*table[:, 2:5].ravel().tolist()} - {0}) >= 9
     options = bench.arguments().parse_args(["--rounds", "1", "--iterations", "1"])
+    told, attend = [], paxattn.paged_attention
+
+    def recorded(*args, shared_prefix_len, **options):
+        told.append(shared_prefix_len)
+        return attend(*args, shared_prefix_len=shared_prefix_len, **options)
+
+    monkeypatch.setattr(paxattn, "paged_attention", recorded)
     figures = bench.measure(shape, {OURS: paged("xla"), UNTOLD: untold("xla")}, options).figures
     assert figures[OURS].gbs
     assert figures[UNTOLD].gbs
+    assert {*told} == {16, None}
     with pytest.raises(ValueError, match="prefix"):
         Shape.parse("40+16 H4/2 D16 page8 prefix16")
 

@@ -1,7 +1,10 @@
 """The serving benchmark: what is asked of the engine, and a small run of it."""
 
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
@@ -80,6 +83,14 @@ def test_more_text_than_the_chain_has_is_refused():
     _, _, prompt = copying.chain(TINY, 3, np.float32)
     with pytest.raises(ValueError, match=r"^--jobs: got 90 \+ 30"):
         prompt("free", 90, 30)
+
+
+def test_a_product_that_is_done_again_and_again_stays_in_the_loop():
+    again = jax.jit(roofline.products, static_argnums=1)
+    text = again.lower(jnp.ones((64, 64)), 3).compile().as_text()
+    [body] = re.findall(r"body=%?([\w.-]+)", text)
+    assert re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.DOTALL | re.MULTILINE)[0].count("/dot_general") == 1
+    np.testing.assert_array_equal(again(jnp.ones((64, 64)), 3), np.full((64, 64), 64))
 
 
 def test_the_roofline_of_one_long_output_is_reading_all_for_each_token():

@@ -15,7 +15,7 @@ from paged_cases import AXES, CASES, COMPRESSED, ROWS
 from test_gpu_lowering import module_for_cuda
 
 from paxattn import KVPages, dispatch, init_pages, paged_attention, write_pages
-from paxattn.kernels import gpu_paged, gpu_paged_decode
+from paxattn.kernels import gpu_paged, gpu_paged_decode, hopper
 
 GPU = "mosaic_gpu"
 
@@ -321,10 +321,14 @@ def test_what_is_written_in_place_is_no_slice_of_what_a_scan_stacks():
 
 @pytest.mark.parametrize("dim", [80, 128])
 @pytest.mark.usefixtures("on_hopper")
-def test_what_decode_reads_may_leave_the_cache_first(dim):
-    """`hopper.load_once` finds the copies that this jax issues."""
+def test_what_decode_reads_may_leave_the_cache_first(dim, monkeypatch):
+    """`hopper.load_once` finds all copies that this jax issues for it."""
+    found, operands_of = [], hopper.operands_of
+    monkeypatch.setattr(hopper, "operands_of", lambda copy: found.append(operands_of(copy)) or found[-1])
     inputs = shapes([1] * 4, [100] * 4, (8, 2, dim), 16, jnp.bfloat16)
     assert "L2::cache_hint" in module_of(inputs, max_q_len=1)
+    assert found
+    assert None not in found
 
 
 @pytest.mark.parametrize(("dtype", "arrays"), [("bfloat16", 2), ("int8", 4)])

@@ -5,6 +5,7 @@ and swizzled. TMA fills a chunk from any row of the array and puts zeros where t
 needs padding; WGMMA's descriptors step over the chunks.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -21,6 +22,10 @@ WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COL = WGMMA.reduce(0)
 EVICT_FIRST = 0x12F0000000000000  # what `createpolicy.fractional.L2::evict_first` gives for all of a copy
+PLAIN_COPY = re.compile(
+    r"@\$0 cp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global(?:\.tile)?\.mbarrier::complete_tx::bytes\s+"
+    r"\[\$1\], \[\$2, \{[^}]*\}\], \[\$3\];"
+)
 FIRST_BARRIER = 5  # Mosaic GPU itself uses 0 and one for each of at most four warpgroups
 
 
@@ -70,17 +75,18 @@ def load_tile(source: Any, start: Any, target: Any, barrier: Any) -> None:
 
 
 def load_once(source: Any, target: Any, barrier: Any) -> None:
-    """`plgpu.copy_gmem_to_smem` of what is read once: the cache lets go of it before anything else.
+    """`plgpu.copy_gmem_to_smem` of what is read once, mostly: it leaves the cache before anything else.
 
-    So what it has yet to write back can wait, and what was brought near stays. Pallas has no word for it: the copy that
-    it issued is replaced by one with the hint (PTX, `cp.async.bulk.tensor`). If a jax issues another one, that stays.
+    So what the cache has yet to write back can wait, and what was brought near stays. Pallas has no word for it: the
+    copy that it issued is replaced by one with the hint (PTX, `cp.async.bulk.tensor`). If a jax issues another one,
+    that stays.
     """
     plgpu.copy_gmem_to_smem(source, target, barrier)
 
     @plgpu.inline_mgpu()
     def with_hint(_):
         *_, copy = ir.InsertionPoint.current.block.operations
-        if (operands := _operands(copy)) is None:
+        if (operands := operands_of(copy)) is None:
             return
         policy, rank = mgpu.c(EVICT_FIRST, ir.IntegerType.get_signless(64)), len(operands) - 4
         at = ", ".join(f"${i}" for i in range(4, 4 + rank))
@@ -93,11 +99,12 @@ def load_once(source: Any, target: Any, barrier: Any) -> None:
     with_hint()
 
 
-def _operands(copy: Any) -> list[ir.Value] | None:
-    """Predicate, target, descriptor, barrier and coordinates of a copy to shared memory; None of anything else."""
-    if isinstance(copy, nvvm.CpAsyncBulkTensorGlobalToSharedClusterOp):  # jax 0.11
-        return [copy.predicate, copy.dstMem, copy.tmaDescriptor, copy.mbar, *copy.coordinates]
-    if isinstance(copy, llvm.InlineAsmOp) and "cp.async.bulk.tensor" in str(copy.asm_string):  # jax 0.12
+def operands_of(copy: Any) -> list[ir.Value] | None:
+    """Predicate, target, descriptor, barrier and coordinates of a plain copy to shared memory; of others None."""
+    if copy.operation.name == "nvvm.cp.async.bulk.tensor.shared.cluster.global":  # jax 0.11
+        plain = not copy.im2colOffsets and copy.multicastMask is None and copy.l2CacheHint is None
+        return [copy.predicate, copy.dstMem, copy.tmaDescriptor, copy.mbar, *copy.coordinates] if plain else None
+    if copy.operation.name == "llvm.inline_asm" and PLAIN_COPY.fullmatch(copy.asm_string.value.strip()):  # jax 0.12
         return list(copy.operands)
     return None
 

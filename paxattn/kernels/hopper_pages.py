@@ -38,7 +38,8 @@ def copies(rows: int, width: int) -> int:
 
 
 def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows: Any, barrier: Any) -> None:
-    """As many rows of a head of source [N,K,D], from `start` on, to `rows` of the tile that stands at `at`."""
+    """As many rows of a head of source [N,K,D], from `start` on, to `rows` of the tile that stands at `at`; they leave
+    the cache first."""
     boxes, tiled = tile
     width = source.shape[-1]
     if not width % CHUNK:

@@ -46,13 +46,15 @@ class Shape:
     @classmethod
     def parse(cls, text: str) -> "Shape":
         """As `str` gives it."""
-        count = r"(?:\d+x)?(?:\d+@)?\d+(?:\.\.\d+)?"
+        count = r"(?:[1-9]\d*x)?(?:[1-9]\d*@)?\d+(?:\.\.\d+)?"
         rows = rf"({count}(?:\+{count})*) H(\d+)/(\d+) D(\d+) page([1-9]\d*)"
         match = re.fullmatch(rf"{rows}(?: ({'|'.join(DTYPES)}))?(?: prefix(\d+))?", text)
         if match is None:
             like = '"64x2048 H32/8 D128 page16", "... int8" or "... prefix1024"'
             raise ValueError(f"--shapes: got {text!r}, must be like {like}")
         heads, kv_heads, head_dim, page_size, prefix = (int(match[i] or 0) for i in (2, 3, 4, 5, 7))
+        if any(int(low) > int(high) for low, high in re.findall(r"(\d+)\.\.(\d+)", match[1])):
+            raise ValueError(f"--shapes: got {text!r}, lengths must be from a smaller one to a larger one")
         shape = cls(match[1], heads, kv_heads, head_dim, page_size, match[6] or "bf16", prefix)
         if prefix % page_size or prefix > min(length - queries for queries, length in shape.lens):
             raise ValueError(
