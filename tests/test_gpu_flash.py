@@ -37,17 +37,18 @@ def cotangents_of(case, rng):
     return tuple(map(normal, cotangent_shapes(case)))
 
 
-def judges(case):
-    """The oracle in float32, and plain attention in the case's dtype."""
+def judged(case, moving, fixed, seen, cotangents):
+    """What an oracle of more bits gives, and what plain attention gives in the case's dtype."""
     numeric = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
     plain = partial(everything, partial(plain_attention_and_lse, **numeric))
-    oracle = attend(case, "reference")
-
-    def both(moving, exact, fixed, seen, cotangents):
-        return oracle(exact, fixed, cotangents), plain(moving, {"seen": seen}, cotangents)
-
     # Without this XLA keeps float32 between fused operations, and plain attention would not be in low precision.
-    return jax.jit(both, compiler_options={"xla_allow_excess_precision": False})
+    low = jax.jit(plain, compiler_options={"xla_allow_excess_precision": False})(moving, {"seen": seen}, cotangents)
+    if case.dtype == "float32":
+        with jax.enable_x64(True):
+            exact = {name: x.astype(jnp.float64) for name, x in moving.items()}
+            return jax.jit(plain)(exact, {"seen": seen}, cotangents), low
+    exact = {name: x.astype(jnp.float32) for name, x in moving.items()}
+    return jax.jit(attend(case, "reference"))(exact, fixed, cotangents), low
 
 
 def bound(name, plain, want, dtype):
@@ -67,9 +68,8 @@ def test_equals_the_oracle_as_closely_as_plain_attention(case, rng):
     inputs = flash_inputs(case, rng, case.dtype)
     cotangents, seen = cotangents_of(case, rng), seen_keys(case, inputs)
     moving, fixed = split(inputs)
-    exact = {name: x.astype(jnp.float32) for name, x in moving.items()}
     got = jax.jit(attend(case, GPU))(moving, fixed, cotangents)
-    want, plain = judges(case)(moving, exact, fixed, seen, cotangents)
+    want, plain = judged(case, moving, fixed, seen, cotangents)
 
     assert got.keys() == want.keys()
     for name, x in got.items():
