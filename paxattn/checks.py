@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -46,6 +47,24 @@ def int32(x: Any) -> Array:
     library: Any = np if isinstance(x, np.ndarray) else jnp
     bounds, own = np.iinfo(np.int32), np.iinfo(x.dtype)
     return jnp.asarray(library.clip(x, max(bounds.min, own.min), min(bounds.max, own.max)).astype(np.int32))
+
+
+def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Array, Array]:
+    """Both in one dtype that holds all of them; int32 where that is enough for NumPy's, whose default is 64 bits."""
+    q_ids, kv_ids = _ids_of_numpy("q_segment_ids", q_ids), _ids_of_numpy("kv_segment_ids", kv_ids)
+    common = np.promote_types(q_ids.dtype, kv_ids.dtype)
+    held = np.issubdtype(common, np.integer) and jnp.dtype(jax.dtypes.canonicalize_dtype(common)) == common
+    require(held, "kv_segment_ids", f"dtype {kv_ids.dtype}", f"one that goes with q_segment_ids' {q_ids.dtype}")
+    return jnp.asarray(q_ids, common), jnp.asarray(kv_ids, common)
+
+
+def _ids_of_numpy(name: str, x: Any) -> Any:
+    if not isinstance(x, np.ndarray):
+        return x
+    least, most = int(x.min()), int(x.max())
+    fits = least >= -(2**31) and most < 2**31
+    require(fits or jax.config.jax_enable_x64, name, f"ids from {least} to {most}", "of 32 bits without jax_enable_x64")
+    return x.astype(np.int32) if fits else x
 
 
 def check_mask(name: str, x: Any, rows: int) -> None:

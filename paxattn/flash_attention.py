@@ -54,6 +54,8 @@ def flash_attention(
       NotImplementedError: the implementation asked for cannot serve the call; the message names the feature.
     """
     _check(q, k, v, sinks, q_segment_ids, kv_segment_ids)
+    if q_segment_ids is not None:
+        q_segment_ids, kv_segment_ids = checks.segment_ids(q_segment_ids, kv_segment_ids)
     for name, x in (("causal", causal), ("deterministic", deterministic), ("return_lse", return_lse)):
         checks.check_bool(name, x)
     left, right = checks.window_bounds(window, causal)

@@ -1,5 +1,7 @@
 """One body for every implementation of flash_attention, over tests/cases.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,6 +252,27 @@ def test_a_bad_argument_is_named(name, change):
     options = {n: x for n, x in change.items() if n not in GOOD}
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         flash_attention(**arrays, **options)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("unchecked")
+def test_segment_ids_mean_the_same_in_every_dtype(implementation, rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.float32) for n in (30, 50, 50))
+    attend = partial(flash_attention, q, k, v, implementation=implementation)
+    ids = rng.integers(-3, 4, (2, 30)), rng.integers(-3, 4, (2, 50))
+    want = attend(q_segment_ids=jnp.asarray(ids[0], jnp.int32), kv_segment_ids=jnp.asarray(ids[1], jnp.int32))
+    for a, b in ((np.int64, np.int8), (np.int8, np.int64), (np.int16, np.int16)):
+        got = attend(q_segment_ids=ids[0].astype(a), kv_segment_ids=ids[1].astype(b))
+        np.testing.assert_array_equal(got, want)
+    with jax.enable_x64(True):
+        apart = [x.astype(np.int64) * 2**32 for x in ids]
+        np.testing.assert_array_equal(attend(q_segment_ids=apart[0], kv_segment_ids=apart[1]), want)
+    with pytest.raises(ValueError, match=r"^q_segment_ids: got ids from"):
+        attend(q_segment_ids=ids[0] + 2**32, kv_segment_ids=ids[1])
+    with pytest.raises(ValueError, match=r"^kv_segment_ids: got ids from"):
+        attend(q_segment_ids=ids[0], kv_segment_ids=ids[1].astype(np.uint32))
+    with pytest.raises(ValueError, match=r"^kv_segment_ids: got dtype int32"):
+        attend(q_segment_ids=jnp.zeros((2, 30), jnp.uint32), kv_segment_ids=jnp.zeros((2, 50), jnp.int32))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -128,6 +128,7 @@ def test_buckets_are_at_least_sixteen_and_waste_little_more_than_a_quarter():
         (dict(prompts=[[True, False]]), r"prompts\[0\]"),
         (dict(prompts=[[-1]]), r"prompts\[0\]"),
         (dict(prompts=[[2**31]]), r"prompts\[0\]"),
+        (dict(prompts=[[1], [96, 97]]), r"prompts\[1\]"),
         (dict(prompts=[[[1], [2, 3]]]), r"prompts\[0\]"),
         (dict(sampling=0.7), "sampling"),
         (dict(sampling=Sampling(temperature=-1.0)), "temperature"),

@@ -82,7 +82,7 @@ def test_four_samples_of_1024_tokens_hold_hardly_more_than_one(tiny, rng):
     model, params = tiny
     long = rng.integers(0, TINY.vocab_size, 1024).tolist()
     store = new_store(max_len=1100, page_size=16, num_pages=100)
-    inputs = engine._prepare(store, [long], 33, Sampling(1.0), (), num_samples=4)
+    inputs = engine._prepare(model, params, store, [long], 33, Sampling(1.0), (), num_samples=4)
     state, *_ = engine._prefill(model, params, store, *inputs)
     _, state = engine._loop(model, params, state, 40)
     new = 4 * -(-32 // 16)
@@ -304,6 +304,13 @@ def test_compression_keeps_any_magnitude(dtype, scale, rng):
         largest = np.abs(np.asarray(want)).max(axis=-1, keepdims=True)
         bound = largest * (1 / 100 if dtype == "int8" else 1 / 14) + 1e-7
         assert (np.abs(np.asarray(got) - np.asarray(want)) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("size", [1e8, 1e37])
+def test_what_no_scale_reaches_is_cut_off(dtype, size):
+    codes, scales = compress(jnp.full((1, 1, 16), -size), jnp.dtype(dtype), 1)
+    assert (codes.astype(jnp.float32) * scales.astype(jnp.float32) == -65504 * COMPRESSED[codes.dtype.name]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])

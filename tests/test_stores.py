@@ -51,6 +51,8 @@ def test_bad_arguments_of_pages_are_named():
         (lambda: write_pages(pages, x[0], x, slots), "k"),
         (lambda: write_pages(pages, jnp.ones((3, 2, 2)), x, slots), "k"),
         (lambda: write_pages(pages, x, x[:2], slots), "v"),
+        (lambda: write_pages(pages, x.astype(jnp.complex64), x, slots), "k"),
+        (lambda: write_pages(pages, x, x > 0, slots), "v"),
         (lambda: write_pages(pages, x, x, slots[:2]), "slots"),
         (lambda: write_pages(pages, x, x, slots.astype(jnp.float32)), "slots"),
         (lambda: copy_pages(pages, slots, slots[:1]), "dst"),
@@ -94,6 +96,13 @@ def test_a_row_never_shrinks_by_a_negative_length(new_store):
     store, _ = new_store(TINY, max_seqs=2, max_len=16).extend(jnp.asarray([2, 1]), 3)
     store, _ = store.end_step().extend(jnp.asarray([-1, 1]), 3)
     assert store.lens.tolist() == [2, 2]
+
+
+def test_more_tokens_than_int32_holds_find_no_room(new_store):
+    store, _ = new_store(TINY, max_seqs=2, max_len=16).extend(jnp.asarray([5, 0]), 5)
+    store, ok = store.end_step().extend(np.asarray([2**40, 1]), 6)
+    assert ok.tolist() == [False, True]
+    assert store.end_step().lens.tolist() == [5, 1]
 
 
 def test_steps_in_a_scan_with_x64(new_store):
@@ -204,7 +213,7 @@ def test_no_copy_of_a_page_array_stands_in_the_compiled_step(function, rows, new
     model, params = tiny
     store = new_store(TINY, max_seqs=rows, max_len=6144 // rows)
     size = store.layers[0].k.size
-    inputs = engine._prepare(store, [[1, 2, 3], [4]][:rows], 5, Sampling(), ())
+    inputs = engine._prepare(model, params, store, [[1, 2, 3], [4]][:rows], 5, Sampling(), ())
     prefill = engine._prefill.lower(model, params, store, *inputs)
     lowered = {
         "_prefill": lambda: prefill,

@@ -108,7 +108,7 @@ def beam_search(
     penalty = checks.static_float("length_penalty", length_penalty)
     checks.require(0 <= penalty <= 10, "length_penalty", length_penalty, "from 0 to 10")
     require_fork(kv, "beam_search")
-    tokens, q_lens = pack(kv, prompts, max_new_tokens, num_beams)
+    tokens, q_lens = pack(model, params, kv, prompts, max_new_tokens, num_beams)
     lens = np.zeros(kv.max_seqs, np.int32)
     lens[: len(prompts) * num_beams : num_beams] = np.asarray(q_lens)[: len(prompts)]
     rule = _Rule(stopping(stop_ids, max_new_tokens), jnp.float32(penalty))

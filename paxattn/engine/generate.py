@@ -112,7 +112,7 @@ def generate(
       ValueError: an argument does not fit; the message names it.
       NotImplementedError: num_samples > 1 with a store that cannot fork.
     """
-    inputs = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids, num_samples)
+    inputs = _prepare(model, params, kv, prompts, max_new_tokens, sampling, stop_ids, num_samples)
     state, *_ = _prefill(model, params, kv, *inputs)
     out, state = _loop(model, params, state, bucket(max_new_tokens))
     out, reason = np.asarray(out), np.asarray(state.reason)
@@ -134,7 +134,7 @@ def stream(
 
     The device works on the next step while the caller has this one's tokens.
     """
-    inputs = _prepare(kv, prompts, max_new_tokens, sampling, stop_ids)
+    inputs = _prepare(model, params, kv, prompts, max_new_tokens, sampling, stop_ids)
     return _stream(model, params, kv, inputs, len(prompts))
 
 
@@ -164,7 +164,8 @@ def prefill(
 
     For those who run the loop themselves: `step` takes it from there, and state.tokens has each step's tokens.
     """
-    state, *_ = _prefill(model, params, kv, *_prepare(kv, prompts, max_new_tokens, sampling, stop_ids))
+    inputs = _prepare(model, params, kv, prompts, max_new_tokens, sampling, stop_ids)
+    state, *_ = _prefill(model, params, kv, *inputs)
     return state
 
 
@@ -184,7 +185,8 @@ def warmup(
     stop_ids: Sequence[int] = (),
 ) -> None:
     """Compile what `stream` needs for arguments of these sizes; nothing runs and kv stays usable."""
-    lowered = _prefill.lower(model, params, kv, *_prepare(kv, prompts, max_new_tokens, sampling, stop_ids))
+    inputs = _prepare(model, params, kv, prompts, max_new_tokens, sampling, stop_ids)
+    lowered = _prefill.lower(model, params, kv, *inputs)
     lowered.compile()
     _step.lower(model, params, lowered.out_info[0]).compile()
 
@@ -264,13 +266,13 @@ def _loop(model, params, state, most):
     return lax.while_loop(lambda carry: jnp.any(carry[1].reason == RUNNING), body, (out, state))
 
 
-def _prepare(kv, prompts, max_new_tokens, sampling, stop_ids, num_samples=1):
+def _prepare(model, params, kv, prompts, max_new_tokens, sampling, stop_ids, num_samples=1):
     """Checked, and as `_prefill` takes them: tokens, q_lens, parents, sampling, stopping."""
     checks.check_positive_int("max_new_tokens", max_new_tokens)
     checks.check_positive_int("num_samples", num_samples)
     sampling = Sampling() if sampling is None else sampling
     checks.require(isinstance(sampling, Sampling), "sampling", repr(sampling), "a Sampling or None")
-    tokens, q_lens = pack(kv, prompts, max_new_tokens, num_samples)
+    tokens, q_lens = pack(model, params, kv, prompts, max_new_tokens, num_samples)
     rule = stopping(stop_ids, max_new_tokens)
     parents = None if num_samples == 1 else _parents(kv, len(prompts), num_samples)
     return tokens, q_lens, parents, sampling.checked(), rule
@@ -288,12 +290,31 @@ def stopping(stop_ids: Sequence[int], max_new_tokens: int) -> Stopping:
     return Stopping(jnp.asarray(padded), jnp.int32(max_new_tokens))
 
 
-def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_each: int = 1) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnames=("model",))
+def _first_logits(model, params, kv, tokens, q_lens):
+    kv, _ = kv.extend(q_lens, num_tokens=len(tokens))
+    return model.logits(params, last_hidden(model, params, tokens, kv)[0])
+
+
+def _vocabulary(model: Model, params: Any, kv: Any) -> int:
+    """How many logits a model gives. It is traced for a model and a store, once, and nothing runs."""
+    tokens, q_lens = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (1, kv.max_seqs))
+    return _first_logits.eval_shape(model, params, kv, tokens, q_lens).shape[-1]
+
+
+def pack(
+    model: Model,
+    params: Any,
+    kv: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    rows_each: int = 1,
+) -> tuple[Array, Array]:
     """Prompts one after the other, i32 [T], and q_lens i32 [R]: prompt i is row i's.
 
     Raises:
-      ValueError: there are none, one that is empty or not of token ids, or more than the store has room for; or the
-        store is not an empty one.
+      ValueError: there are none, one that is empty or not of the model's token ids, or more than the store has room
+        for; or the store is not an empty one.
     """
     _check_empty(kv)
     check_prompts(prompts)
@@ -304,7 +325,8 @@ def pack(kv: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows_ea
         f"{len(prompts)} prompts of {rows_each} rows each",
         f"at most the store's {kv.max_seqs} rows",
     )
-    ids = [checks.token_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+    vocabulary = _vocabulary(model, params, kv)
+    ids = [checks.token_ids(f"prompts[{i}]", prompt, vocabulary) for i, prompt in enumerate(prompts)]
     for i, prompt in enumerate(ids):
         checks.require(len(prompt) > 0, f"prompts[{i}]", "no tokens", "at least one token long")
         total = len(prompt) + max_new_tokens

@@ -10,6 +10,7 @@ from jax import Array
 
 COMPRESSED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that is used of each
 TRIED_SCALES = 8
+LARGEST_SCALE = 65504.0  # of float16; what it makes too small for the numbers of a group cuts them off
 SMALLEST_UNIT = 1e-30  # Far below it the inverse overflows, and far above it a scale of float16 is 0.
 
 
@@ -70,7 +71,7 @@ def compress(x: Array, dtype: Any, groups: int) -> tuple[Array, Array]:
         """The squared error but for what all have in common, the scale and the unit."""
         codes = rounded(unit)
         norm, product = jnp.sum(codes * codes, axis=-1), jnp.sum(codes * split, axis=-1)
-        scale = (product / jnp.where(norm > 0, norm, 1)).astype(jnp.float16)
+        scale = jnp.minimum(product / jnp.where(norm > 0, norm, 1), LARGEST_SCALE).astype(jnp.float16)
         return scale.astype(jnp.float32) * (scale.astype(jnp.float32) * norm - 2 * product), scale, unit
 
     # One after another, so that of what is tried nothing of the size of x is kept.

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from paxattn.kernels import hopper, hopper_lanes, hopper_units, tiles
-from paxattn.kernels.codes import COMPRESSED, SMALLEST_UNIT, TRIED_SCALES
+from paxattn.kernels.codes import COMPRESSED, LARGEST_SCALE, SMALLEST_UNIT, TRIED_SCALES
 from paxattn.kernels.gpu_blocks import divide, iota
 from paxattn.kernels.hopper_units import EACH, ROWS, UNIT, UNITS
 
@@ -95,7 +95,7 @@ def _fit(x: Array, dtype: Any, lanes: int) -> tuple[Array, Array]:
     def of_factor(inverse):
         """The squared error but for what all have in common, the factor and the scale."""
         norm, product = (hopper_units.over_lanes_sum(s, lanes) for s in hopper_units.sums(x, inverse, dtype))
-        scale = (product / jnp.where(norm > 0, norm, 1.0)).astype(jnp.float16)
+        scale = jnp.minimum(product / jnp.where(norm > 0, norm, 1.0), LARGEST_SCALE).astype(jnp.float16)
         wide = scale.astype(jnp.float32)
         return wide * (wide * norm - 2 * product), inverse, scale
 

@@ -29,7 +29,8 @@ class KVPages:
 
     Fields:
       k, v: [N,P,K,D], bfloat16, float16, float32, int8 or float8_e4m3fn; where h = heads_a_row is not 1, [N,P,K/h,h*D]
-      k_scale, v_scale: float16 [N,P,K,C] where k and v are compressed (what is below about 1e-5 is lost), else None;
+      k_scale, v_scale: float16 [N,P,K,C] where k and v are compressed (what is below about 1e-5 is lost, what is
+        beyond 8e6 cut off), else None;
         C is D / 16 for keys (1 where that is not whole) and 1 for values; [N,P,K/h,h*C] beside [N,P,K/h,h*D], and
         [N,h*C,P*K/h] where scales_turned
       heads_a_row: static, how many heads lie side by side, as `init_pages` makes them on a TPU: arrays of rows shorter
@@ -127,7 +128,7 @@ def write_pages(
 
     Args:
       pages: one layer's.
-      k, v: [T,K,D], cast to the pages' dtype or compressed.
+      k, v: [T,K,D], real numbers of any dtype; cast to the pages' dtype or compressed.
       slots: [T] ints, page * P + offset; a negative slot is skipped. No slot stands twice.
       implementation: None (the best for the platform), "xla", "mosaic_gpu" or "mosaic_tpu".
 
@@ -140,6 +141,9 @@ def write_pages(
     checks.check_rank("k", k, "T K D")
     checks.check_shape("k", k, (k.shape[0], *head), "T K D")
     checks.check_shape("v", v, k.shape, "T K D")
+    for name, x in (("k", k), ("v", v)):
+        real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+        checks.require(real, name, f"dtype {x.dtype}", "of real numbers")
     checks.check_ints("slots", slots, (k.shape[0],), "T")
     pages, k, v = jax.tree.map(jnp.asarray, (pages, k, v))
     if pages.k_scale is not None:

@@ -100,7 +100,7 @@ class _Store:
         checks.check_positive_int("num_tokens", num_tokens)
         if max_q_len is not None:
             checks.check_positive_int("max_q_len", max_q_len)
-        q_lens = jnp.maximum(checks.int32(q_lens), 0)
+        q_lens = jnp.clip(checks.int32(q_lens), 0, self.capacity + 1)  # More would overflow, added to what is there.
         before = self.lens
         store, ok = self._grow(before + q_lens, max_q_len)
         batch = _lay_out(store.page_table, before, q_lens, ok, self.layers[0].page_size, num_tokens, max_q_len)
