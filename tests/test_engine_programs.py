@@ -15,6 +15,7 @@ from test_gpu_lowering import module_for_cuda
 from models import decoder
 from paxattn import Engine, EngineConfig, GenerationParams, Sampling, dispatch
 from paxattn.engine import edits, memory, program_file, programs, slots
+from paxattn.engine.packed import Packed
 from scripts.profile_decode import host_operations, page_copies
 
 
@@ -61,6 +62,43 @@ def at_rest_without_reading(engine):
     while engine.busy:
         engine.step()
     return engine.stats()
+
+
+def test_what_an_edit_takes_goes_up_as_one_array(tiny, monkeypatch, rng):
+    """With a score of arrays each, a GPU's host waited for the device from the third edit in a row on."""
+    counts = []
+
+    def counted(slots, packed, apply=edits.apply):
+        counts.append([type(x) for x in jax.tree.leaves(packed)])
+        return apply(slots, packed)
+
+    monkeypatch.setattr(edits, "apply", counted)
+    served = Engine(*tiny, EngineConfig(**SIZES))
+    served.generate([rng.integers(0, TINY.vocab_size, 9).tolist()], GenerationParams(max_new_tokens=2))
+    assert counts
+    assert all(kinds == [np.ndarray] for kinds in counts)
+
+
+def test_packed_arrays_come_back_bit_for_bit(rng):
+    def bits(shape, dtype):
+        return rng.integers(0, 2**32, shape, np.uint32).view(dtype)
+
+    tree = dict(
+        ints=bits((3, 5), np.int32),
+        one=(bits((), np.uint32), rng.integers(0, 2, (2, 3, 4)).astype(bool)),
+        none=np.zeros((0, 7), np.float32),
+        floats=[np.array([-0.0, np.inf, -1e-45, np.float32(1) / 3], np.float32), bits(6, np.int32)],
+        mask=rng.integers(0, 2, 11).astype(bool),
+    )
+    packed = Packed.of(tree)
+    assert packed.words.dtype == np.int32
+    assert packed.words.shape == (15 + 1 + 24 + 4 + 6 + 11,)
+    got = jax.jit(Packed.tree)(packed)
+    assert jax.tree.structure(got) == jax.tree.structure(tree)
+    for x, want in zip(jax.tree.leaves(got), jax.tree.leaves(tree), strict=True):
+        assert x.dtype == want.dtype
+        assert x.shape == want.shape
+        assert np.asarray(x).tobytes() == want.tobytes()
 
 
 def test_programs_are_kept_in_a_file(tiny, alone, monkeypatch, tmp_path, rng):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from paxattn.engine.packed import Packed
 from paxattn.engine.rules import Rules
 from paxattn.engine.scheduler import Request
 from paxattn.engine.slots import IDLE, RUNNING, Slots
@@ -142,10 +143,10 @@ def _padded(x: np.ndarray, size: int, fill: int) -> np.ndarray:
     return np.concatenate([x, np.full((size - len(x), *x.shape[1:]), fill, x.dtype)])
 
 
-def empty(room: Room, like: Slots, size: int) -> Edit:
+def empty(room: Room, like: Slots, size: int) -> Packed:
     """An edit that changes nothing, of so many tokens."""
     [edit] = pack(room, like, [], [], [])
-    return replace(edit, tokens=np.zeros(size, np.int32))
+    return Packed.of(replace(edit, tokens=np.zeros(size, np.int32)))
 
 
 def pack_forks(like: Slots, forks: Sequence[tuple[Request, list[Request]]]) -> tuple[np.ndarray, ...]:
@@ -161,8 +162,9 @@ def pack_forks(like: Slots, forks: Sequence[tuple[Request, list[Request]]]) -> t
 
 
 @partial(jax.jit, donate_argnames="slots")
-def apply(slots: Slots, edit: Edit) -> Slots:
-    """The slots after an edit. Rows that are filled must be empty, or hold just what swap_in put there."""
+def apply(slots: Slots, packed: Packed) -> Slots:
+    """The slots after an Edit. Rows that are filled must be empty, or hold just what swap_in put there."""
+    edit: Edit = packed.tree()
     kv = slots.kv.release(edit.drop).let_go(edit.let_go)
     kv, _ = kv.adopt(jnp.where(edit.counts > 0, edit.rows, -1), edit.pages, edit.counts)
     into = jnp.where(edit.rows >= 0, edit.rows, kv.max_seqs)

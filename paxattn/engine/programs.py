@@ -15,6 +15,7 @@ from jax.stages import Compiled, Lowered
 from paxattn.engine import edits, memory, program_file
 from paxattn.engine.config import EngineConfig
 from paxattn.engine.generate import Model
+from paxattn.engine.packed import Packed
 from paxattn.engine.scheduler import Request
 from paxattn.engine.slots import News, Shape, Slots, run
 from paxattn.kv.stores import PagedKV
@@ -64,7 +65,7 @@ class Programs:
     ) -> Slots:
         """In as many edits as it takes: rows are emptied, pages let go, and rows admitted."""
         for edit in edits.pack(self._room, slots, drop, let_go, admitted):
-            slots = self.compiled.get(len(edit.tokens), edits.apply)(slots, edit)
+            slots = self.compiled.get(len(edit.tokens), edits.apply)(slots, Packed.of(edit))
         return slots
 
     def fork(self, slots: Slots, forks: Sequence[tuple[Request, list[Request]]]) -> Slots:
