@@ -65,7 +65,7 @@ def at_rest_without_reading(engine):
 
 
 def test_what_an_edit_takes_goes_up_as_one_array(tiny, monkeypatch, rng):
-    """With a score of arrays each, a GPU's host waited for the device from the third edit in a row on."""
+    """With a score of arrays each, a GPU's host waited for the device after a few edits in a row."""
     counts = []
 
     def counted(slots, packed, apply=edits.apply):

@@ -38,8 +38,7 @@ def copies(rows: int, width: int) -> int:
 
 
 def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows: Any, barrier: Any) -> None:
-    """As many rows of a head of source [N,K,D], from `start` on, to `rows` of the tile that stands at `at`; they leave
-    the cache first."""
+    """As many rows of a head of source [N,K,D], from `start` on, to `rows` of the tile that stands at `at`."""
     boxes, tiled = tile
     width = source.shape[-1]
     if not width % CHUNK:
@@ -48,7 +47,8 @@ def copy_rows(source: Any, start: Array, head: Array, tile: Any, at: tuple, rows
     for row in range(0, rows.size, BOX):
         for chunk in range(tiles.cdiv(width, CHUNK)):
             box = pl.ds(start + row, BOX), head, hopper.columns(chunk, width, start)
-            hopper.load_once(source.at[box], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
+            # Not `load_once`: boxes share lines of the cache with each other and with the next head's.
+            plgpu.copy_gmem_to_smem(source.at[box], boxes.at[(*at, (rows.start + row) // BOX, chunk)], barrier)
 
 
 def scores(a: Any, b: Any) -> Array:
