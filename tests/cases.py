@@ -1,5 +1,6 @@
 """The cases that every implementation of an op is tried on, and plain attention to measure its error by."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -233,8 +234,14 @@ def plain_row(case: PagedCase, inputs: dict[str, Any], row: int) -> Any:
     options = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
     k, v = dense(inputs, row, kv_len, case.page_size)
     q = inputs["q"][None, start : start + q_len]
-    attend = jax.jit(partial(plain_attention, **options))
+    attend = once(partial(plain_attention, **options))
     return attend(q, k, v, jnp.asarray(seen)[None], sinks=inputs["sinks"])[0]
+
+
+def once(fn: Callable[..., Any], **options: Any) -> Any:
+    """jit for oracles, and for kernels interpreted: on a CPU most of their time would go into optimizing them."""
+    quick = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+    return jax.jit(fn, compiler_options=options | (quick if jax.default_backend() == "cpu" else {}) or None)
 
 
 def error(x: Any, oracle: Any) -> float:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FlashCase, error, flash_inputs, plain_attention_and_lse, seen_keys
+from cases import FlashCase, error, flash_inputs, once, plain_attention_and_lse, seen_keys
 from flash_cases import CASES, WRT, attend, cotangent_shapes, everything, split
 from test_gpu_lowering import on_hopper, test_forward_mode_and_second_derivatives_say_where_they_work
 
@@ -42,13 +42,13 @@ def judged(case, moving, fixed, seen, cotangents):
     numeric = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
     plain = partial(everything, partial(plain_attention_and_lse, **numeric))
     # Without this XLA keeps float32 between fused operations, and plain attention would not be in low precision.
-    low = jax.jit(plain, compiler_options={"xla_allow_excess_precision": False})(moving, {"seen": seen}, cotangents)
+    low = once(plain, xla_allow_excess_precision=False)(moving, {"seen": seen}, cotangents)
     if case.dtype == "float32":
         with jax.enable_x64(True):
             exact = {name: x.astype(jnp.float64) for name, x in moving.items()}
-            return jax.jit(plain)(exact, {"seen": seen}, cotangents), low
+            return once(plain)(exact, {"seen": seen}, cotangents), low
     exact = {name: x.astype(jnp.float32) for name, x in moving.items()}
-    return jax.jit(attend(case, "reference"))(exact, fixed, cotangents), low
+    return once(attend(case, "reference"))(exact, fixed, cotangents), low
 
 
 def bound(name, plain, want, dtype):

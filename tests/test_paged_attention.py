@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PAGED, dense, error, paged_inputs, plain_row
+from cases import PAGED, dense, error, once, paged_inputs, plain_row
 
 from paxattn import KVPages, flash_attention, init_pages, paged_attention, write_pages
 
@@ -12,7 +12,8 @@ IMPLEMENTATIONS = ["xla"]
 
 
 def program(case, implementation):
-    return jax.jit(
+    compiled = jax.jit if implementation == "xla" else once
+    return compiled(
         lambda inputs: paged_attention(**inputs, **case.options, return_lse=True, implementation=implementation)
     )
 

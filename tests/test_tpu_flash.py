@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FLASH, FlashCase, error, flash_inputs, seen_keys
+from cases import FLASH, FlashCase, error, flash_inputs, once, seen_keys
 from flash_cases import attend, split
 from jax.experimental.pallas import tpu as pltpu
 from test_gpu_flash import bound, check_what_sees_nothing, cotangents_of, judged
@@ -40,7 +40,7 @@ def test_equals_the_oracle_as_closely_as_plain_attention(case, dtype, rng):
     cotangents, seen = cotangents_of(case, rng), seen_keys(case, inputs)
     moving, fixed = split(inputs)
     with interpreted():
-        got = jax.jit(attend(case, TPU))(moving, fixed, cotangents)
+        got = once(attend(case, TPU))(moving, fixed, cotangents)
         jax.block_until_ready(got)
     want, plain = judged(case, moving, fixed, seen, cotangents)
     for name, x in got.items():
@@ -168,9 +168,9 @@ def test_vmap_is_one_call_over_a_larger_batch(rng):
     run = jax.value_and_grad(lambda x: loss(**x))
     one = lambda i: jax.tree.map(lambda x: x[i], many)
     with interpreted():
-        got = jax.block_until_ready(jax.jit(jax.vmap(run))(many))
+        got = jax.block_until_ready(once(jax.vmap(run))(many))
     with interpreted():
-        want = jax.block_until_ready(jax.jit(run)(one(1)))
+        want = jax.block_until_ready(once(run)(one(1)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, rtol=1e-5, atol=1e-5), got, want)
 
 

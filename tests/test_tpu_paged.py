@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PAGED, PagedCase, error, paged_inputs
+from cases import PAGED, PagedCase, error, once, paged_inputs
 from paged_cases import compressed
 from test_paged_attention import check_rounding, run
 from tpu import GENERATIONS, compile_for, interpreted, slow, slow_but
@@ -104,7 +104,7 @@ def check_write(slots, tokens, page, dtype, rng):
     pages = jnp.asarray(rng.normal(size=(tokens // page[0] + 3, *page)), dtype)
     k, v = (jnp.asarray(rng.normal(size=(tokens, *page[1:])), dtype) for _ in range(2))
     at = jnp.asarray(slots(rng, tokens, pages.shape[0] * page[0]), jnp.int32)
-    run = lambda name: jax.jit(lambda *x: write_pages(*x, implementation=name))(KVPages(pages, -pages), k, v, at)
+    run = lambda name: once(lambda *x: write_pages(*x, implementation=name))(KVPages(pages, -pages), k, v, at)
     with interpreted():
         got = jax.block_until_ready(run(TPU))
     jax.tree.map(np.testing.assert_array_equal, got, run("xla"))
