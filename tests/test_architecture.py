@@ -108,12 +108,16 @@ def test_public_names_are_there_and_documented():
 
 
 def test_import_is_quick_and_touches_no_device():
+    """The least of six, as other tests run meanwhile; the processor's time hardly minds them."""
     code = (
-        "import time, jax; t = time.process_time(); import paxattn; t = time.process_time() - t;"
-        "from jax._src import xla_bridge; assert not xla_bridge._backends; print(t)"
+        "import time, jax; clocks = time.perf_counter, time.process_time; start = [now() for now in clocks];"
+        "import paxattn; spent = [now() - then for now, then in zip(clocks, start)];"
+        "from jax._src import xla_bridge; assert not xla_bridge._backends; print(*spent)"
     )
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
+    told = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(6)
     ]
-    assert min(seconds) < 0.3
+    wall, processor = (min(map(float, seconds)) for seconds in zip(*told, strict=True))
+    assert wall < 0.3
+    assert processor < 0.2
